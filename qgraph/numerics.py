@@ -1,0 +1,102 @@
+"""The one arithmetic of quantization (law 2). Everything that quantizes or dequantizes goes through here.
+
+    x ≈ (q - z) * s          q = saturate(round_half_even(x / s) + z)
+
+as ONNX QuantizeLinear / DequantizeLinear define it. Matrices are [N, K]; scales and zero points have the shape
+that `QuantSpec.scale_shape` says and are spread over their blocks by `expand`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qgraph.spec import Codes, Floats, QTensor, QuantSpec
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+
+def midpoint(spec: QuantSpec) -> int:
+    """The code that stands for 0.0 where no zero point is stored."""
+    return 0 if spec.qtype.is_signed else 2 ** (spec.qtype.bits - 1)
+
+
+def expand(per_block: npt.NDArray[Any], spec: QuantSpec, n: int, k: int) -> npt.NDArray[Any]:
+    """Spread per-block values over a [n, k] matrix (a broadcastable view where that is enough)."""
+    group = spec.group
+    if group == 0 or per_block.shape[1] == 1:
+        return per_block
+    return np.repeat(per_block, group, axis=1)[:, :k]
+
+
+def quantize(w: FloatArray, scale: Floats, zero_point: Codes | None, spec: QuantSpec) -> Codes:
+    """Codes [N, K] of w [N, K] on a given grid: round half to even, saturate."""
+    n, k = w.shape
+    q = np.rint(w / expand(scale, spec, n, k))
+    q += midpoint(spec) if zero_point is None else expand(zero_point.astype(np.float32), spec, n, k)
+    np.clip(q, spec.qtype.qmin, spec.qtype.qmax, out=q)
+    return q.astype(spec.qtype.container)
+
+
+def dequantize(codes: Codes, scale: Floats, zero_point: Codes | None, spec: QuantSpec) -> Floats:
+    """The float32 matrix that codes [N, K] stand for."""
+    n, k = codes.shape
+    q = codes.astype(np.float32)
+    q -= midpoint(spec) if zero_point is None else expand(zero_point.astype(np.float32), spec, n, k)
+    q *= expand(scale, spec, n, k)
+    return q
+
+
+def min_max_grid(w: FloatArray, spec: QuantSpec) -> tuple[Floats, Codes | None]:
+    """Scale and zero point that just cover each block: the textbook grid that every solver has to beat.
+
+    Symmetric: s = max|w| / qmax'. Asymmetric: s = (max - min) / (2^bits - 1) with 0 inside the range.
+    """
+    low, high = (_reduce(w, spec, f) for f in (np.minimum, np.maximum))
+    qtype = spec.qtype
+    if spec.symmetric:
+        peak = np.maximum(-low, high)
+        scale = to_scale(peak / (2 ** (qtype.bits - 1) - 1), spec)
+        return np.where(scale == 0, np.float32(1), scale), None
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scale = to_scale((high - low) / (qtype.qmax - qtype.qmin), spec)
+    scale = np.where(scale == 0, np.float32(1), scale)
+    zero_point = np.clip(np.rint(qtype.qmin - low / scale), qtype.qmin, qtype.qmax)
+    return scale, zero_point.astype(qtype.container)
+
+
+def to_scale(scale: FloatArray, spec: QuantSpec) -> Floats:
+    """Round scales to the type they are stored in, kept as float32. Underflow to 0 becomes the smallest positive."""
+    stored = scale.astype(spec.scale_dtype)
+    lost = (stored == 0) & (scale != 0)
+    if lost.any():
+        stored = np.where(lost, np.finfo(stored.dtype).tiny * np.sign(scale).astype(stored.dtype), stored)
+    return stored.astype(np.float32)
+
+
+def squared_error(w: FloatArray, q: QTensor, importance: Floats | None = None) -> float:
+    """Sum over the matrix of importance[k] * (w - q)², in float64."""
+    difference = np.square(w - q.dequantize(), dtype=np.float64)
+    return float(difference.sum() if importance is None else (difference * importance).sum())
+
+
+def sqnr_db(reference: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    """Signal to quantization noise in dB, 10 log10(Σx² / Σ(x - y)²), in float64; inf where equal."""
+    x = np.asarray(reference, np.float64)
+    noise = float(np.square(x - np.asarray(other, np.float64)).sum())
+    signal = float(np.square(x).sum())
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def _reduce(w: FloatArray, spec: QuantSpec, ufunc: np.ufunc) -> FloatArray:
+    """Reduce each block of w [N, K] to one value; a short last group is allowed."""
+    if w.size == 0:
+        return np.zeros(spec.scale_shape(*w.shape), w.dtype)
+    if spec.is_per_tensor:
+        return np.asarray(ufunc.reduce(w, axis=None)).reshape(1, 1)
+    starts = [0] if spec.group == 0 else np.arange(0, w.shape[1], spec.group)
+    return np.asarray(ufunc.reduceat(w, starts, axis=1))
