@@ -1,0 +1,1 @@
+"""How the reference models were trained: needs the `train` extra (torch), nothing else imports this."""
