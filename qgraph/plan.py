@@ -1,0 +1,87 @@
+"""The plan: what shall be quantized how, and why. It lives between `assign-precision` and `insert-qdq`, nowhere else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qgraph.spec import QTensor, QuantSpec
+
+Role = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decision about one tensor.
+
+    Attributes:
+        value: name of the tensor.
+        role: "weight" or "activation".
+        spec: how to quantize, or None to stay float.
+        solver: name of the solver (weights).
+        reason: why, as the report prints it.
+        by: the rule or pass that decided.
+        code: diagnostic code of a "stays float" reason, "" where it is quantized.
+        forms: for each use of a weight, in order, the name of the form that the target chose ("" stays float).
+        activation: for a weight: how its operator's input is quantized, or None for float.
+    """
+
+    value: str
+    role: Role
+    spec: QuantSpec | None
+    solver: str = ""
+    reason: str = ""
+    by: str = ""
+    code: str = ""
+    forms: tuple[str, ...] = ()
+    activation: QuantSpec | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "value": self.value,
+            "role": self.role,
+            "spec": str(self.spec) if self.spec else None,
+            "activation": str(self.activation) if self.activation else None,
+            "solver": self.solver,
+            "reason": self.reason,
+            "by": self.by,
+            "code": self.code,
+            "forms": list(self.forms),
+        }
+
+
+@dataclass
+class QuantPlan:
+    """All decisions, and the solved weights until `insert-qdq` takes them.
+
+    Attributes:
+        decisions: by tensor name.
+        solved: QTensor by weight name; emptied as weights are written into the graph.
+    """
+
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    solved: dict[str, QTensor] = field(default_factory=dict)
+
+    def add(self, decision: Decision) -> None:
+        """Record a decision; the last one about a tensor holds."""
+        self.decisions[decision.value] = decision
+
+    def quantized(self) -> list[Decision]:
+        """The decisions that quantize a weight, in plan order."""
+        return [d for d in self.decisions.values() if d.role == "weight" and d.spec is not None]
+
+    def to_json(self) -> str:
+        """The decisions as JSON, in plan order."""
+        return json.dumps([d.to_json() for d in self.decisions.values()], indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> QuantPlan:
+        """Read what `to_json` wrote (decisions only; solved weights are not part of it)."""
+        plan = QuantPlan()
+        for entry in json.loads(text):
+            for key in ("spec", "activation"):
+                entry[key] = QuantSpec.parse(entry[key]) if entry[key] else None
+            plan.add(Decision(**{**entry, "forms": tuple(entry["forms"])}))
+        return plan
