@@ -1,5 +1,6 @@
 """Builder: writes an ONNX graph line by line, with the names an exporter would give.
 
+Example:
     b = Builder("demo")
     x = b.input("x", FLOAT, ["batch", 64])
     with b.scope("head"):
@@ -35,6 +36,7 @@ class Builder:
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
         self._nodes: list[ir.Node] = []
+        self._functions: list[ir.Function] = []
         self._scope = ""
         self._seen: dict[str, int] = {}
 
@@ -51,13 +53,21 @@ class Builder:
         self._inputs.append(value)
         return value
 
+    def overridable(self, value: ir.Value) -> None:
+        """List an initializer among the inputs too, so that a caller may replace it."""
+        self._inputs.append(value)
+
+    def function(self, domain: str, name: str, body: ir.Graph) -> None:
+        """Add a model-local function."""
+        self._functions.append(ir.Function(domain, name, graph=body, attributes=[]))
+
     def initializer(self, name: str, array: npt.ArrayLike) -> ir.Value:
         """Return the initializer `name`, made from `array` at its first use."""
         if name not in self._initializers:
             tensor = ir.tensor(np.asarray(array), name=name)
             self._initializers[name] = ir.Value(
                 name=name,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.numpy().shape),
                 type=ir.TensorType(tensor.dtype),
                 const_value=tensor,
             )
@@ -97,7 +107,7 @@ class Builder:
     def output(
         self, name: str, value: ir.Value, dtype: ir.DataType | None = None, shape: Dims = ()
     ) -> None:
-        """Let `value` leave the graph as `name`; only a subgraph may leave its type open."""
+        """Let `value` leave the graph as `name`; only a subgraph or function may omit the type."""
         value.name = name
         if dtype is not None:
             value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
@@ -114,13 +124,13 @@ class Builder:
             name=self._name,
         )
 
-    def model(self, functions: Sequence[ir.Function] = (), ir_version: int = IR_VERSION) -> ir.Model:
+    def model(self, ir_version: int = IR_VERSION) -> ir.Model:
         """Close the graph and make it a model."""
         graph = self.graph()
-        for function in functions:
+        for function in self._functions:
             graph.opset_imports.setdefault(function.domain, 1)
         return ir.Model(
-            graph, ir_version=ir_version, producer_name="qgraph.models", functions=functions
+            graph, ir_version=ir_version, producer_name="qgraph.models", functions=self._functions
         )
 
     def _unique(self, path: str) -> str:

@@ -1,8 +1,8 @@
 """tiny-cnn: digits classifier with Conv + BatchNormalization left apart, as trained.
 
-    stem, depthwise, pointwise, two 3x3 layers with a residual, depthwise of stride 2, pointwise,
-    GlobalAveragePool, Flatten, Gemm                       every layer: Conv, BatchNormalization,
-                                                           perhaps Add, then Relu or Clip(0, 6)
+Seven layers (stem, depthwise, pointwise, two 3x3 with a residual, depthwise of stride 2, pointwise),
+then GlobalAveragePool, Flatten, Gemm. Each layer is Conv, BatchNormalization, perhaps Add, then Relu
+or Clip(0, 6).
 """
 
 import onnx_ir as ir

@@ -2,7 +2,9 @@
 
     h = h + c_proj(attention(split(c_attn(ln_1(h)))))
     h = h + fc_out(gelu(fc_in(ln_2(h))))
-    logits = ln_f(h) wte^T                                 wte is also the table that Gather reads
+    logits = ln_f(h) wte^T
+
+wte is also the table that Gather reads.
 """
 
 import math
@@ -14,7 +16,7 @@ from qgraph.models import checkpoint
 from qgraph.models.builder import FLOAT, INT64, Builder
 from qgraph.models.shapes import Gpt
 
-MASKED = np.finfo(np.float32).min
+MASKED = float(np.finfo(np.float32).min)
 
 
 def build(name: str) -> ir.Model:

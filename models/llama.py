@@ -11,11 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.models import checkpoint
-from qgraph.models.builder import FLOAT, INT64, Builder
+from qgraph.models.builder import FLOAT, INT64, Builder, Dims
 from qgraph.models.shapes import Llama
 
 # Most negative float32: exporters add it where attention may not look.
-MASKED = np.finfo(np.float32).min
+MASKED = float(np.finfo(np.float32).min)
 
 
 def build(name: str, *, cache: bool = False) -> ir.Model:
@@ -52,14 +52,14 @@ class _Decoder:
         logits = self._linear("lm_head", h)
         b.output("logits", logits, FLOAT, ["batch", "seq", shape.vocabulary])
         if self.cache:
-            dims = ["batch", shape.key_heads, "total", shape.head_dim]
+            dims: Dims = ["batch", shape.key_heads, "total", shape.head_dim]
             for i, (key, value) in enumerate(presents):
                 b.output(f"present.{i}.key", key, FLOAT, dims)
                 b.output(f"present.{i}.value", value, FLOAT, dims)
         return b.model()
 
     def _past(self, i: int) -> tuple[ir.Value, ir.Value]:
-        dims = ["batch", self.shape.key_heads, "past", self.shape.head_dim]
+        dims: Dims = ["batch", self.shape.key_heads, "past", self.shape.head_dim]
         name = f"past_key_values.{i}"
         key = self.b.input(f"{name}.key", FLOAT, dims)
         return key, self.b.input(f"{name}.value", FLOAT, dims)
@@ -92,7 +92,9 @@ class _Decoder:
     def _causal_mask(self, positions: ir.Value, total: ir.Value) -> ir.Value:
         """Return [seq, total]: 0 where a query may look, the most negative float elsewhere."""
         b = self.b
-        keys = b.op("Range", b.initializer("zero", np.int64(0)), total, b.initializer("one", 1))
+        keys = b.op(
+            "Range", b.initializer("zero", np.int64(0)), total, b.initializer("one", np.int64(1))
+        )
         rows = b.op("Unsqueeze", positions, b.integers("axis_1", 1))
         seen = b.op("LessOrEqual", b.op("Unsqueeze", keys, b.integers("axis_0", 0)), rows)
         return b.op("Where", seen, b.number("zero_f32", 0.0), b.number("masked", MASKED))
