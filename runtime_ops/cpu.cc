@@ -1,0 +1,69 @@
+// Compiled without instruction set flags: this decides whether the others may run.
+#include "cpu.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace qgraph {
+namespace {
+
+struct Choice {
+  Isa isa;
+  const char* problem;
+};
+
+Choice choose() {
+  Isa best = Isa::kScalar;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (is_supported(static_cast<Isa>(i))) best = static_cast<Isa>(i);
+  }
+  const char* cap = std::getenv("QGRAPH_ISA");
+  if (cap == nullptr || *cap == '\0') return {best, nullptr};
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (std::strcmp(cap, isa_name(isa)) != 0) continue;
+    // A cap that the CPU does not reach leaves its best; one that it has limits it.
+    return {is_supported(isa) ? isa : best, nullptr};
+  }
+  return {best, "the environment variable QGRAPH_ISA must be scalar, avx2, avx512vnni or neon"};
+}
+
+const Choice& choice() {
+  static const Choice once = choose();
+  return once;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar: return "scalar";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512Vnni: return "avx512vnni";
+    case Isa::kNeon: return "neon";
+  }
+  return nullptr;
+}
+
+bool is_supported(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar: return true;
+#if defined(__x86_64__)
+    // These look at the operating system's support for the registers as well.
+    case Isa::kAvx2: return __builtin_cpu_supports("avx2");
+    case Isa::kAvx512Vnni:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+    case Isa::kNeon: return true;
+#endif
+    default: return false;
+  }
+}
+
+Isa best_isa() { return choice().isa; }
+
+const char* isa_problem() { return choice().problem; }
+
+}  // namespace qgraph

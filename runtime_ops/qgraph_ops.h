@@ -1,0 +1,46 @@
+// The library's plain C interface, called from Python through ctypes (qgraph/native.py).
+//
+// Nothing here keeps state, allocates or throws, and every function may be called from several
+// threads at once. Functions that can be refused return a QgStatus.
+#pragma once
+
+#include <stdint.h>
+
+#define QG_ABI_VERSION 1
+
+#define QG_EXPORT extern "C" __attribute__((visibility("default")))
+
+enum QgStatus { QG_OK = 0, QG_INVALID_ARGUMENT = 1, QG_ISA_NOT_AVAILABLE = 2 };
+
+// How rtn_search quantizes.
+enum QgRtnMode {
+  QG_ASYMMETRIC = 0,        // codes 0 .. 2^bits - 1 with a zero point
+  QG_SYMMETRIC = 1,         // codes -2^(bits-1) .. 2^(bits-1) - 1, positive scale
+  QG_SYMMETRIC_SIGNED = 2,  // likewise, and the scale may be negative: uses the lowest code fully
+};
+
+// Changes whenever a function below changes.
+QG_EXPORT int32_t qg_abi_version(void);
+
+// Instruction sets: the one in use, a name for each number (null past the last), and which can run.
+QG_EXPORT int32_t qg_cpu_isa(void);
+QG_EXPORT const char* qg_isa_name(int32_t isa);
+QG_EXPORT int32_t qg_isa_is_supported(int32_t isa);
+// Why the environment variable QGRAPH_ISA cannot be obeyed, or null.
+QG_EXPORT const char* qg_isa_problem(void);
+
+// Quantizes w [rows, cols] in groups of `group` along each row (the last may be short) and writes
+// codes [rows, cols], scales and (asymmetric only) zero_points [rows, ceil(cols / group)], and the
+// sum of importance * (w - quantized)^2 of each row. importance [cols] may be null (all ones).
+// bits is 2, 4 or 8. isa is a number from above, or -1 for the one in use. kernels/rtn_search.h
+// says how.
+QG_EXPORT int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64_t cols,
+                                int64_t group, int32_t bits, int32_t mode, int32_t scale_is_float16,
+                                const float* importance, uint8_t* codes, float* scales,
+                                uint8_t* zero_points, double* row_error);
+
+// Packs codes [rows, cols] of 2, 4 or 8 bits into bytes [rows, ceil(cols * bits / 8)], the first
+// code in the lowest bits. Only the low bits of each code are used; a short last byte is filled
+// with zeros.
+QG_EXPORT int32_t qg_pack(const uint8_t* codes, int64_t rows, int64_t cols, int32_t bits,
+                          uint8_t* packed);
