@@ -1,5 +1,6 @@
 """Reference models: small trained networks that build in a moment, without torch or a download.
 
+Example:
     from qgraph import models
     model = models.build("tiny-llama")          # a fresh onnx_ir.Model
     tokens = models.eval_tokens("tiny-llama")   # held-out token ids, [T] int64

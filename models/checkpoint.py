@@ -1,8 +1,8 @@
 """Weights on disk -> float32 arrays.
 
-`weights/<name>.safetensors` holds float16 tensors. A ternary tensor W [K, N] in {-s, 0, +s} is two
+`weights/<name>.safetensors` holds float16 tensors. A ternary tensor W [K, N] in {-s, 0, +s} is three
 entries: `<key>.codes`, uint8 [ceil(K N / 4)], four values c + 1 with c in {-1, 0, 1} per byte,
-lowest two bits first, row-major; and `<key>.scale`, float32 [1], so that W = s c exactly.
+lowest two bits first, row-major; `<key>.scale`, float32 [1], so that W = s c exactly; `<key>.shape`.
 """
 
 import json

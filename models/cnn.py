@@ -1,8 +1,8 @@
 """tiny-cnn: digits classifier with Conv + BatchNormalization left apart, as trained.
 
-Seven layers (stem, depthwise, pointwise, two 3x3 with a residual, depthwise of stride 2, pointwise),
-then GlobalAveragePool, Flatten, Gemm. Each layer is Conv, BatchNormalization, perhaps Add, then Relu
-or Clip(0, 6).
+Seven layers (stem, depthwise, pointwise, two 3x3 with a residual, depthwise of stride 2,
+pointwise), then GlobalAveragePool, Flatten, Gemm. Each layer is Conv, BatchNormalization, perhaps
+Add, then Relu or Clip(0, 6).
 """
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ from qgraph.models.shapes import CLASSES, CNN, CNN_EPSILON, ConvLayer
 
 
 def build(name: str) -> ir.Model:
-    """image [batch, 1, 8, 8] -> logits [batch, 10]."""
+    """Build: image [batch, 1, 8, 8] -> logits [batch, 10]."""
     b = Builder(name)
     weights = checkpoint.load(name)
     x = b.input("image", FLOAT, ["batch", 1, 8, 8])

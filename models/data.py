@@ -24,7 +24,7 @@ def eval_tokens() -> Integers:
 def digits(*, held_out: bool) -> tuple[Images, Integers]:
     """Return one part of the digits: images [N, 1, 8, 8] float32 in [0, 1] and labels [N]."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
             "The digits come with scikit-learn, which is missing here. "

@@ -20,7 +20,7 @@ MASKED = float(np.finfo(np.float32).min)
 
 
 def build(name: str) -> ir.Model:
-    """input_ids [batch, seq <= positions] -> logits [batch, seq, vocabulary]."""
+    """Build: input_ids [batch, seq <= positions] -> logits [batch, seq, vocabulary]."""
     return _Decoder(name, Gpt()).model()
 
 

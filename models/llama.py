@@ -3,8 +3,8 @@
     h = h + o(attention(q(n(h)), k(n(h)), v(n(h))))       q, k rotated; each key serves two queries
     h = h + down(silu(gate(n(h))) * up(n(h)))             n = RMSNorm, written out as exporters do
 
-With `cache`, keys and values of earlier tokens come in as `past_key_values.{i}.key/value` and all of
-them leave as `present.{i}.key/value`; positions then start at the past length, which may be 0.
+With `cache`, keys and values of earlier tokens come in as `past_key_values.{i}.key/value` and all
+of them leave as `present.{i}.key/value`; positions then start at the past length, which may be 0.
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ MASKED = float(np.finfo(np.float32).min)
 def build(name: str, *, cache: bool = False) -> ir.Model:
     """Return the decoder with the weights called `name`.
 
-    Inputs: input_ids [batch, seq]; with `cache`, keys and values [batch, key_heads, past, head_dim].
-    Outputs: logits [batch, seq, vocabulary]; with `cache`, [batch, key_heads, total, head_dim].
+    Inputs: input_ids [batch, seq]; with `cache`, each past [batch, key_heads, past, head_dim].
+    Outputs: logits [batch, seq, vocabulary]; with `cache`, each present, total = past + seq.
     """
     return _Decoder(name, Llama(), cache).model()
 
@@ -75,7 +75,7 @@ class _Decoder:
         return b.op("Range", start, total, one), total
 
     def _rotary(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """positions: [seq] -> cos and sin, [1, 1, seq, head_dim]; a MatMul, as transformers does."""
+        """positions: [seq] -> cos, sin [1, 1, seq, head_dim]; a MatMul, as transformers does."""
         b, shape = self.b, self.shape
         half = np.arange(0, shape.head_dim, 2, dtype=np.float32) / np.float32(shape.head_dim)
         frequencies = (np.float32(shape.theta) ** -half).reshape(1, -1, 1)
@@ -141,7 +141,7 @@ class _Decoder:
         return b.op("Transpose", b.op("Reshape", self._linear(key, x), shape), perm=[0, 2, 1, 3])
 
     def _rotate(self, x: ir.Value) -> ir.Value:
-        """x cos + (-high, low) sin, where low and high are the halves of the last axis."""
+        """Return x cos + (-high, low) sin, where low and high are the halves of the last axis."""
         b, half = self.b, self.shape.head_dim // 2
         last, middle = b.integers("axis_last", -1), b.integers("half_head", half)
         end = b.integers("slice_end", np.iinfo(np.int64).max)
@@ -163,7 +163,7 @@ class _Decoder:
         return b.op("Reshape", x, b.op("Concat", batch, heads, total, head_dim, axis=0))
 
     def _norm(self, key: str, x: ir.Value) -> ir.Value:
-        """x / sqrt(mean(x^2) + epsilon) * gain."""
+        """Return x / sqrt(mean(x^2) + epsilon) * gain."""
         b = self.b
         with b.scope(key.rsplit(".", 1)[-1]):
             square = b.op("Pow", x, b.number("two", 2.0))

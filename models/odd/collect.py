@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph.models.builder import IR_VERSION, OPSET, Builder
+from qgraph.models.builder import FLOAT, IR_VERSION, OPSET, Builder
 
 ODD: dict[str, Callable[[], ir.Model]] = {}
 
@@ -42,9 +42,20 @@ def draw(label: str, *shape: int) -> npt.NDArray[np.float32]:
     """
     random = np.random.default_rng(zlib.crc32(label.encode()))
     spread = max(1, shape[0] if shape else 1) ** -0.5
-    return (random.standard_normal(shape) * spread).astype(np.float32)
+    values: npt.NDArray[np.float64] = random.standard_normal(shape) * spread
+    return values.astype(np.float32)
 
 
 def weight(b: Builder, label: str, *shape: int) -> ir.Value:
     """Return an initializer `label` of drawn values."""
     return b.initializer(label, draw(label, *shape))
+
+
+def input_rows(b: Builder, width: int = WIDTH) -> ir.Value:
+    """Return the input `x`, float [batch, width]."""
+    return b.input("x", FLOAT, ["batch", width])
+
+
+def output_rows(b: Builder, value: ir.Value, width: int = WIDTH) -> None:
+    """Let `value` leave as `y`, float [batch, width]."""
+    b.output("y", value, FLOAT, ["batch", width])
