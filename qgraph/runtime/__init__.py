@@ -1,0 +1,11 @@
+"""ONNX Runtime as qgraph uses it: sessions, the native library, what the installation can do.
+
+Importing this is cheap: ONNX Runtime and the libraries beside it load on first use.
+"""
+
+from qgraph.runtime.capability import capabilities
+from qgraph.runtime.doctor import Check, doctor
+from qgraph.runtime.library import library_path
+from qgraph.runtime.sessions import session
+
+__all__ = ["Check", "capabilities", "doctor", "library_path", "session"]
