@@ -72,7 +72,7 @@ def _open_text(text: str, inputs: tuple[InputInfo, ...]) -> tuple[str, Callable[
 def _function(text: str, place: str, name: str) -> Callable[[], Iterables]:
     try:
         module = _module(place)
-    except Exception as e:  # a user's module can fail in any way; all are told with their cause
+    except Exception as e:  # noqa: BLE001 - a user's module can fail in any way
         hint = "a module that is not installed is found by its path: folder/file.py:function"
         _refuse(text, f"cannot be imported: {type(e).__name__}: {e}", hint, e)
     function = getattr(module, name, None)
