@@ -236,6 +236,20 @@ def save(
     return target
 
 
+def publish(staged: Path, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Move a saved model (and its data file) to its place, by renaming within one file system."""
+    target = check_output(path, force=force)
+    data, beside = staged.with_name(staged.name + ".data"), target.with_name(staged.name + ".data")
+    try:
+        # The data first: a model must never be visible without it.
+        if data.exists():
+            os.replace(data, beside)
+        os.replace(staged, target)
+    except OSError as e:
+        raise errors.InputError(errors.Diagnostic("error", "QG105", str(target), f"could not be written: {e.strerror or e}")) from e
+    return target
+
+
 def _embedded(model: ir.Model) -> onnx.ModelProto:
     held = [v for _, v in graph.initializers(model) if isinstance(v.const_value, ir.ExternalTensor)]
     kept = [v.const_value for v in held]

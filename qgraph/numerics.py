@@ -100,3 +100,36 @@ def _reduce(w: FloatArray, spec: QuantSpec, ufunc: np.ufunc) -> FloatArray:
         return np.asarray(ufunc.reduce(w, axis=None)).reshape(1, 1)
     starts = [0] if spec.group == 0 else np.arange(0, w.shape[1], spec.group)
     return np.asarray(ufunc.reduceat(w, starts, axis=1))
+
+
+def pack(codes: Codes, bits: int) -> npt.NDArray[np.uint8]:
+    """Codes of 2, 4 or 8 bits, flattened in row-major order, `8 // bits` per byte, first code in the low bits.
+
+    The ONNX layout of INT4, UINT4, INT2 and UINT2 tensors; the last byte is padded with zeros.
+    """
+    flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+    if bits == 8:
+        return flat
+    per_byte = 8 // bits
+    if flat.size % per_byte:
+        flat = np.concatenate([flat, np.zeros(-flat.size % per_byte, np.uint8)])
+    mask = np.uint8(2**bits - 1)
+    packed = flat[0::per_byte] & mask
+    for position in range(1, per_byte):
+        packed |= (flat[position::per_byte] & mask) << np.uint8(bits * position)
+    return packed
+
+
+def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int, *, signed: bool) -> Codes:
+    """The inverse of `pack`: the first `count` codes as int8 or uint8 [count]."""
+    if bits == 8:
+        flat = packed.reshape(-1)[:count]
+        return flat.view(np.int8) if signed else flat
+    per_byte = 8 // bits
+    mask = np.uint8(2**bits - 1)
+    parts = [(packed.reshape(-1) >> np.uint8(bits * i)) & mask for i in range(per_byte)]
+    codes = np.stack(parts, axis=1).reshape(-1)[:count]
+    if not signed:
+        return codes
+    half = 2 ** (bits - 1)
+    return ((codes.astype(np.int8) + half) % (2 * half) - half).astype(np.int8)

@@ -181,6 +181,19 @@ class QTensor:
 
         return numerics.dequantize(self.codes, self.scale, self.zero_point, self.spec)
 
+    def stored_as(self, *, signed: bool) -> QTensor:
+        """The same numbers with codes shifted into the signed or unsigned type of the same width."""
+        if self.spec.qtype.is_signed == signed:
+            return self
+        spec = self.spec.storage(signed=signed)
+        half = 2 ** (spec.qtype.bits - 1)
+
+        def shift(codes: Codes) -> Codes:
+            return (codes.astype(np.int16) + (-half if signed else half)).astype(spec.qtype.container)
+
+        zero_point = None if self.zero_point is None else shift(self.zero_point)
+        return replace(self, spec=spec, codes=shift(self.codes), zero_point=zero_point)
+
     def check(self) -> None:
         """Raise ValueError where shapes, types or code ranges do not fit the spec."""
         qtype = self.spec.qtype

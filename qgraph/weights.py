@@ -133,6 +133,11 @@ class Weight:
         """The kinds of use, in order of first appearance."""
         return list(dict.fromkeys(u.kind for u in self.uses))
 
+    @property
+    def is_tied(self) -> bool:
+        """Used in more than one way: as a table and as a head, or both straight and transposed."""
+        return len({(u.through is not None, u.kind) for u in self.uses}) > 1
+
     def read(self) -> npt.NDArray[Any]:
         """The weight as a matrix [N, K], read-only, in its stored float type; a view of the file where possible."""
         return self.matrix.of(graph.array(self.value))
@@ -154,8 +159,11 @@ def find(model: ir.Model) -> list[Weight]:
             weight = found.setdefault(source, Weight(source, _label(source, node)))
             weight.uses.append(use)
     for weight in found.values():
-        ours = {(u.through or u.node) for u in weight.uses}
-        weight.others = [n for n, _ in weight.value.uses() if n not in ours]
+        ours = {u.node for u in weight.uses}
+        readers = [n for n, _ in weight.value.uses()]
+        turned = {u.through for u in weight.uses if u.through is not None}
+        readers = [n for n in readers if n not in turned] + [n for t in turned for n, _ in t.outputs[0].uses()]
+        weight.others = [n for n in dict.fromkeys(readers) if n not in ours]
     _make_unique(found.values())
     return list(found.values())
 

@@ -1,0 +1,185 @@
+"""assign-precision: weights × rules × target → plan. Nothing in the graph changes.
+
+The first rule that matches a weight gives specs in order of preference; the first that the target can write for
+every use of the weight is taken. What stays float gets a coded reason, and so does every rule that matched nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from qgraph import errors, graph, opset, weights
+from qgraph.pipeline import Context, Fact, Keeps, Pass
+from qgraph.plan import Decision
+from qgraph.recipe import AUTO, FLOAT, Rule
+from qgraph.registry import register
+from qgraph.spec import QuantSpec
+from qgraph.target import Request, Target
+from qgraph.weights import Weight
+
+DYNAMIC = replace(QuantSpec.parse("uint8.tensor.asym"), dynamic=True)
+
+
+@register
+class AssignPrecision(Pass):
+    """Decide for every weight how it is quantized, or why it is not."""
+
+    name = "assign-precision"
+    needs = frozenset({Fact.CANONICAL})
+    gives = frozenset({Fact.PLAN})
+    keeps = Keeps.BIT_EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Fill `ctx.plan`."""
+        found = weights.find(model)
+        used: set[int] = set()
+        reach = _Reach(model, ctx.target.max_opset)
+        for weight in found:
+            index, rule = _match(ctx.recipe.rules, weight)
+            used.add(index)
+            ctx.plan.add(_decide(weight, rule, ctx, reach))
+        _check_names(ctx.recipe.rules, found, used)
+        return False
+
+
+class _Reach:
+    """The opset that the model can be raised to, found out only if somebody asks for more than it has."""
+
+    def __init__(self, model: ir.Model, ceiling: int) -> None:
+        self._model, self._ceiling = model, ceiling
+        self._known: dict[int, bool] = {}
+        self.reason = ""
+
+    def __call__(self) -> int:
+        current = graph.opset(self._model)
+        for version in (25, 23, 21, 19, 13, 11, 10):
+            if version <= current:
+                return current
+            if version <= self._ceiling and self._can(version):
+                return version
+        return current
+
+    def _can(self, version: int) -> bool:
+        if version not in self._known:
+            try:
+                opset.raise_opset(graph.clone(self._model), version)
+                self._known[version] = True
+            except errors.UnsupportedError as e:
+                self._known[version] = False
+                self.reason = e.diagnostics[0].message
+        return self._known[version]
+
+
+def _match(rules: Sequence[Rule], weight: Weight) -> tuple[int, Rule | None]:
+    for index, rule in enumerate(rules):
+        ops = {u.node.op_type for u in weight.uses}
+        if rule.ops and not ops & set(rule.ops):
+            continue
+        if rule.names and not any(fnmatch.fnmatchcase(n, g) for n in _names(weight) for g in rule.names):
+            continue
+        if weight.shape[0] * weight.shape[1] < rule.min_elements:
+            continue
+        return index, rule
+    return -1, None
+
+
+def _names(weight: Weight) -> list[str]:
+    return [weight.label, weight.name, *(str(u.node.name) for u in weight.uses if u.node.name)]
+
+
+def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> Decision:
+    by = f"rule {rule.id or ctx.recipe.rules.index(rule) + 1}" if rule else "recipe"
+    n, k = weight.shape
+
+    def stays(code: str, reason: str) -> Decision:
+        return Decision(weight.name, "weight", None, reason=reason, by=by, code=code)
+
+    if rule is None:
+        return stays("QG310", f"no rule of recipe {ctx.recipe.name!r} matches {weight.uses[0].node.op_type}")
+    blocked = next((u.reason for u in weight.uses if u.reason), "")
+    if blocked:
+        return stays("QG311", blocked)
+    if n * k < ctx.recipe.min_elements:
+        return stays("QG312", f"{n * k} elements are fewer than min_elements = {ctx.recipe.min_elements}")
+    if len({(u.matrix.shape(weight.dims)) for u in weight.uses}) > 1:
+        return stays("QG313", "its uses sum over different axes, so no grouping serves all of them")
+    dtype = weight.value.const_value.dtype if weight.value.const_value is not None else ir.DataType.FLOAT
+    reasons: list[str] = []
+    for text, why in _choices(rule, weight, ctx.target):
+        if text == FLOAT:
+            if rule.weights[0] == FLOAT or not reasons:
+                return stays("QG314", rule.reason or why or f"rule {rule.id!r} keeps it float")
+            break
+        spec = fit_group(QuantSpec.parse(text), k)
+        if dtype == ir.DataType.FLOAT16:
+            spec = replace(spec, scale_dtype="float16")
+        activation = DYNAMIC if rule.activations == "int8" or why.startswith("dynamic") else None
+        forms, refused = _forms(weight, spec, activation, dtype, ctx.target, reach)
+        if forms:
+            reason = rule.reason or why or f"rule {rule.id!r} of recipe {ctx.recipe.name!r}"
+            if reasons:
+                reason += f"; not {reasons[0]}"
+            return Decision(weight.name, "weight", spec, rule.solver, reason, by, forms=tuple(forms), activation=activation if _is_dynamic(forms) else None)
+        reasons.append(f"{spec}: {refused}")
+    return stays("QG315", "; ".join(reasons) or rule.reason)
+
+
+def _choices(rule: Rule, weight: Weight, target: Target) -> list[tuple[str, str]]:
+    """(spec, reason) in order of preference; "auto" is the target's own list for the kind of the weight."""
+    found: list[tuple[str, str]] = []
+    for text in rule.weights:
+        if text == AUTO:
+            kind = "tied" if len(weight.kinds) > 1 else weight.kinds[0]
+            for spec, activations, why in target.auto.get(kind, target.auto.get(weight.kinds[0], ())):
+                found.append((spec, ("dynamic: " if activations == "int8" else "") + why))
+        else:
+            found.append((text, ""))
+    return found
+
+
+def _is_dynamic(forms: Sequence[str]) -> bool:
+    return any(f.startswith("dynamic") for f in forms)
+
+
+def _forms(
+    weight: Weight, spec: QuantSpec, activation: QuantSpec | None, dtype: ir.DataType, target: Target, reach: _Reach
+) -> tuple[list[str], str]:
+    """A form for every use, or the reason of the first use that has none."""
+    chosen = []
+    for use in weight.uses:
+        wanted = activation if use.kind in ("matmul", "gemm") else None
+        request = Request(use, weight.dims, dtype, spec, wanted, weight.is_tied)
+        support = target.support(request, graph.opset(reach._model))
+        if support.form is None:
+            support = target.support(request, reach())
+        if support.form is None:
+            return [], support.reason
+        chosen.append(support.form.name)
+    return chosen, ""
+
+
+def fit_group(spec: QuantSpec, k: int) -> QuantSpec:
+    """Shrink the group where rows of K would be padded by more than an eighth to fill their last group."""
+    group = spec.group
+    while group > 16 and (-(-k // group) * group - k) * 8 > k:
+        group //= 2
+    return spec if group == spec.group else replace(spec, block=(spec.block[0], group))
+
+
+def _check_names(rules: Sequence[Rule], found: Sequence[Weight], used: set[int]) -> None:
+    """A glob that a person wrote and that matches nothing is an error (law 4)."""
+    known = [name for w in found for name in _names(w)]
+    problems = []
+    for index, rule in enumerate(rules):
+        for pattern in rule.names:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                where = f"rules[{index}].names = {pattern!r}"
+                problems.append(errors.Diagnostic("error", "QG309", where, "matches no weight of this model", errors.nearest(pattern.strip("*?"), known)))
+    if problems:
+        raise errors.RecipeError(*problems)
+
+

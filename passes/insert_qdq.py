@@ -1,0 +1,74 @@
+"""insert-qdq: the plan goes into the graph. Each use of a solved weight is written in the form its target chose.
+
+After this pass the decisions live in the graph alone; the plan is empty. The opset is raised here, and only if a
+chosen form needs it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qgraph import graph, opset, weights
+from qgraph.pipeline import Context, Fact, Keeps, Pass
+from qgraph.plan import Decision
+from qgraph.registry import register
+from qgraph.target import Request, Writer
+from qgraph.weights import Use, Weight
+
+
+@register
+class InsertQdq(Pass):
+    """Write every solved weight."""
+
+    name = "insert-qdq"
+    needs = frozenset({Fact.PLAN, Fact.SOLVED})
+    gives = frozenset({Fact.QDQ})
+    breaks = frozenset({Fact.CANONICAL, Fact.PLAN, Fact.SOLVED, Fact.STATS})
+    keeps = Keeps.NOTHING
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Consume `ctx.plan`."""
+        needed = max((self._opset(w, d, ctx) for w, d in _planned(model, ctx)), default=0)
+        if needed > graph.opset(model):
+            opset.raise_opset(model, needed)
+        planned = _planned(model, ctx)  # raising the opset may have replaced nodes
+        position = {node: index for index, node in enumerate(graph.nodes(model))}
+        todo = [(use, form, w, d) for w, d in planned for use, form in zip(w.uses, d.forms, strict=True)]
+        # In graph order, so that a quantized activation that several operators share stands before the first of them.
+        todo.sort(key=lambda item: position[item[0].node])
+        writer = Writer(model, ctx.spool)
+        for index, (use, form_name, weight, decision) in enumerate(todo):
+            ctx.progress(f"writing {weight.label}", index / len(todo))
+            self._write(writer, use, form_name, weight, decision, ctx)
+        for weight, decision in planned:
+            _record(weight, decision, ctx)
+        ctx.plan.solved.clear()
+        changed = bool(todo)
+        graph.remove_dead(model)
+        for each in graph.graphs(model):
+            each.sort()
+        return changed
+
+    def _opset(self, weight: Weight, decision: Decision, ctx: Context) -> int:
+        assert decision.spec is not None and weight.value.const_value is not None
+        return max(
+            ctx.target.form(name).opset(Request(use, weight.dims, weight.value.const_value.dtype, decision.spec, decision.activation, weight.is_tied))
+            for use, name in zip(weight.uses, decision.forms, strict=True)
+        )
+
+    def _write(self, writer: Writer, use: Use, form_name: str, weight: Weight, decision: Decision, ctx: Context) -> None:
+        form = ctx.target.form(form_name)
+        made = form.write(writer, weight, use, ctx.plan.solved[weight.name], decision.activation)
+        record = ctx.records.setdefault(weight.name, {})
+        record.setdefault("nodes", []).append({"form": form_name, "node": made.name or "", "output": str(made.outputs[0].name)})
+
+
+def _planned(model: ir.Model, ctx: Context) -> list[tuple[Weight, Decision]]:
+    found = {w.name: w for w in weights.find(model)}
+    return [(found[d.value], d) for d in ctx.plan.quantized() if d.value in ctx.plan.solved]
+
+
+def _record(weight: Weight, decision: Decision, ctx: Context) -> None:
+    assert decision.spec is not None
+    n, k = weight.shape
+    ctx.records[weight.name].update(stored_bytes=decision.spec.nbytes(n, k))

@@ -1,0 +1,128 @@
+"""com.microsoft.MatMulNBits: ONNX Runtime's own operator for 2, 4 and 8 bit weights in blocks along K.
+
+Stored as B uint8 [N, ceil(K / block), block * bits / 8], scales [N * blocks], zero points packed like B.
+Emitting it directly saves memory at load over DequantizeLinear + MatMul, and needs no opset 21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import graph, numerics
+from qgraph.spec import QTensor, QuantSpec
+from qgraph.target import Form, Request, Writer
+from qgraph.weights import Use, Weight
+
+BLOCKS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class MatMulNBits(Form):
+    """MatMul and Gemm with a blocked weight. accuracy_level 4: ORT quantizes activations to int8 per block."""
+
+    accuracy_level: int = 4
+    name: ClassVar[str] = "matmul-nbits"
+    summary: ClassVar[str] = "com.microsoft.MatMulNBits (2, 4, 8 bits; int8 activations inside the kernel)"
+    domains: ClassVar[Mapping[str, int]] = {"com.microsoft": 1}
+
+    def refuses(self, request: Request) -> str:
+        """A 2-D weight in blocks of 16 to 256 whose reduction axis the operator sums over."""
+        spec, use = request.spec, request.use
+        if request.activation is not None:
+            return "its kernel quantizes activations by itself; ask for float activations"
+        if request.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            return f"takes no {request.dtype.name}"
+        if len(request.dims) != 2:
+            return f"takes a 2-D weight, this one is {len(request.dims)}-D"
+        if spec.is_per_tensor:
+            return "has no per-tensor scale; use .ch or a group"
+        if spec.group and spec.group not in BLOCKS:
+            return f"takes groups of {', '.join(map(str, BLOCKS))}, not {spec.group}"
+        if use.kind == "gemm" and graph.attribute(use.node, "transA", 0):
+            return "takes no transposed activations (Gemm transA=1)"
+        if use.kind == "gemm" and graph.attribute(use.node, "alpha", 1.0) != 1.0:
+            return "takes no Gemm alpha"
+        return ""
+
+    def opset(self, request: Request) -> int:
+        """A contrib operator: any opset will do."""
+        return 7
+
+    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+        """Replace MatMul by MatMulNBits, Gemm by MatMulNBits and Add."""
+        writer.require(self.domains)
+        n, k = q.shape
+        block = block_of(q.spec, k)
+        inputs: list[ir.Value | None] = [use.node.inputs[0], *packed_constants(writer, weight, q, block)]
+        attributes = {"K": k, "N": n, "bits": q.spec.qtype.bits, "block_size": block}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        if use.kind == "matmul" or len(use.node.inputs) < 3 or use.node.inputs[2] is None:
+            return graph.replace_node(use.node, "MatMulNBits", inputs, domain="com.microsoft", attributes=attributes)
+        return self._write_gemm(writer, use, inputs, attributes)
+
+    def _write_gemm(self, writer: Writer, use: Use, inputs: list[ir.Value | None], attributes: dict[str, Any]) -> ir.Node:
+        node = use.node
+        beta = float(graph.attribute(node, "beta", 1.0))
+        bias = node.inputs[2]
+        assert bias is not None
+        dtype = node.outputs[0].dtype or (bias.dtype or ir.DataType.FLOAT)
+        if beta != 1.0:
+            factor = writer.constant(("scalar", beta, dtype), "beta", lambda: np.asarray(beta, dtype.numpy()))
+            scaled = graph.value(writer.names(f"{bias.name}.scaled"), dtype)
+            graph.add_node(node, "Mul", [bias, factor], [scaled], name=writer.names(f"{bias.name}.Mul"))
+            bias = scaled
+        product = graph.value(writer.names(f"{node.outputs[0].name}.product"), dtype)
+        made = graph.add_node(
+            node, "MatMulNBits", inputs, [product], name=writer.names(f"{node.name or node.outputs[0].name}.MatMulNBits"), domain="com.microsoft", attributes=attributes
+        )
+        graph.replace_node(node, "Add", [product, bias])
+        return made
+
+
+def block_of(spec: QuantSpec, k: int) -> int:
+    """The block that stands for the spec: its group, or for whole rows a block with repeated scales."""
+    if spec.group:
+        return spec.group
+    return next((b for b in BLOCKS if b >= k), 128)
+
+
+def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> list[ir.Value]:
+    """B, scales and, for asymmetric weights, zero points; shared by all uses of the weight."""
+    q = q.stored_as(signed=False)
+    n, k = q.shape
+    bits = q.spec.qtype.bits
+    blocks = -(-k // block)
+    middle = numerics.midpoint(q.spec)
+
+    def codes() -> np.ndarray[Any, Any]:
+        padded = q.codes
+        if blocks * block != k:
+            padded = np.full((n, blocks * block), middle, np.uint8)
+            padded[:, :k] = q.codes
+        return numerics.pack(padded, bits).reshape(n, blocks, block * bits // 8)
+
+    def per_block(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.ascontiguousarray(np.broadcast_to(values, (n, blocks)))
+
+    key = (weight.name, "nbits", block)
+    made = [
+        writer.constant((*key, "B"), f"{weight.name}.codes", codes),
+        writer.constant((*key, "scales"), f"{weight.name}.scale", lambda: per_block(q.scale).astype(q.spec.scale_dtype).reshape(-1)),
+    ]
+    if q.zero_point is not None:
+        zero_point = q.zero_point
+
+        def points() -> np.ndarray[Any, Any]:
+            row = -(-blocks * bits // 8)
+            padded = np.zeros((n, row * 8 // bits), np.uint8)
+            padded[:, :blocks] = per_block(zero_point)
+            return numerics.pack(padded, bits)
+
+        made.append(writer.constant((*key, "zero_points"), f"{weight.name}.zero_point", points))
+    return made

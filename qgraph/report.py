@@ -1,0 +1,152 @@
+"""The report: for every weight what was decided, why, by whom, at what cost, and what really runs.
+
+One `Report` is shown three ways: text for a terminal, Markdown, and JSON for pipelines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qgraph import errors
+
+
+@dataclass(slots=True)
+class Entry:
+    """One line of the ledger: one weight.
+
+    Attributes:
+        weight: initializer name in the model that was read.
+        label: a name a person recognises.
+        operators: operator types that use it, with counts.
+        shape: dimensions of the tensor.
+        float_bytes: stored size before.
+        stored_bytes: stored size after (codes, scales, zero points); equal to float_bytes where it stays float.
+        spec: how it is quantized, "" where it stays float.
+        activation: how its operators' inputs are quantized, "" for float.
+        code: diagnostic code where it stays float.
+        reason: why.
+        by: the rule or pass that decided.
+        forms: how each use was written.
+        runs: what the runtime executes for each use; empty where it was not asked.
+        sqnr_db: 10 log10(Σw² / Σ(w - q)²), None where it stays float.
+        mse: mean squared error of the weight, None where it stays float.
+        pass_name: the pass that wrote it, "" where none did.
+    """
+
+    weight: str
+    label: str
+    operators: dict[str, int]
+    shape: tuple[int, ...]
+    float_bytes: int
+    stored_bytes: int
+    spec: str = ""
+    activation: str = ""
+    code: str = ""
+    reason: str = ""
+    by: str = ""
+    forms: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    sqnr_db: float | None = None
+    mse: float | None = None
+    pass_name: str = ""
+
+
+@dataclass
+class Report:
+    """What one run of `optimize` did. `to_json` is stable: pipelines may rely on its keys."""
+
+    source: str
+    output: str
+    recipe: str
+    target: str
+    float_bytes: int = 0
+    output_bytes: int = 0
+    ledger: list[Entry] = field(default_factory=list)
+    diagnostics: list[errors.Diagnostic] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    resolved_recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> list[Entry]:
+        """The weights that were quantized."""
+        return [e for e in self.ledger if e.spec]
+
+    def to_json(self) -> str:
+        """The whole report as JSON; NaN and Inf as null."""
+        return json.dumps(_plain(asdict(self)), indent=1) + "\n"
+
+    def headline(self) -> str:
+        """One sentence: how many weights, how many bytes."""
+        total = len(self.ledger)
+        done = len(self.quantized)
+        if total == 0:
+            return "no quantizable weights in this model"
+        ratio = self.output_bytes / self.float_bytes if self.float_bytes else 1.0
+        size = f"{megabytes(self.float_bytes)} → {megabytes(self.output_bytes)} ({ratio:.2f}x)" if self.output_bytes else ""
+        return f"{done} of {total} weights quantized; {size}".rstrip("; ")
+
+    def stayed_float(self) -> list[tuple[str, str, int, int]]:
+        """(code, reason, how many weights, their bytes) of what stayed float, most bytes first."""
+        counts: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[tuple[str, str]] = Counter()
+        for e in self.ledger:
+            if not e.spec:
+                counts[e.code, e.reason] += 1
+                sizes[e.code, e.reason] += e.float_bytes
+        return sorted(((c, r, counts[c, r], sizes[c, r]) for c, r in counts), key=lambda row: (-row[3], row[0], row[1]))
+
+    def groups(self) -> list[tuple[str, str, str, int, int, int, float]]:
+        """(operators, spec, what runs, weights, bytes before, bytes after, worst SQNR) of what was quantized."""
+        found: dict[tuple[str, str, str], list[Entry]] = {}
+        for e in self.quantized:
+            runs = ", ".join(dict.fromkeys(e.runs or e.forms))
+            found.setdefault(("/".join(e.operators), e.spec, runs), []).append(e)
+        return [
+            (*key, len(es), sum(e.float_bytes for e in es), sum(e.stored_bytes for e in es), min((e.sqnr_db for e in es if e.sqnr_db is not None), default=math.nan))
+            for key, es in found.items()
+        ]
+
+    def to_markdown(self) -> str:
+        """The report as Markdown, with the whole ledger."""
+        lines = [f"# qgraph report: {self.source}", "", f"**{self.headline()}**", ""]
+        lines += [f"- output: `{self.output}`", f"- recipe: `{self.recipe}`, target: `{self.target}`"]
+        lines += [f"- {k}: {v}" for k, v in self.versions.items()]
+        lines += ["", "## What happened", "", *(f"- {note}" for note in [*self.notes, *self.checks])]
+        lines += [f"- {d.severity} {d.code} {d.where}: {d.message}" + (f" ({d.hint})" if d.hint else "") for d in self.diagnostics]
+        lines += ["", "## Ledger", "", "| weight | operators | shape | spec | bytes | SQNR dB | runs | why |", "|---|---|---|---|---|---|---|---|"]
+        for e in self.ledger:
+            operators = ", ".join(f"{k} x{v}" if v > 1 else k for k, v in e.operators.items())
+            size = f"{e.float_bytes} → {e.stored_bytes}" if e.spec else f"{e.float_bytes}"
+            sqnr = "" if e.sqnr_db is None else f"{e.sqnr_db:.1f}"
+            why = f"{e.code} {e.reason}".strip()
+            shape = "x".join(map(str, e.shape))
+            lines.append(f"| {e.label} | {operators} | {shape} | {e.spec or 'float'} | {size} | {sqnr} | {', '.join(dict.fromkeys(e.runs or e.forms))} | {why} |")
+        lines += ["", "## Recipe to reproduce", "", "```json", json.dumps(self.resolved_recipe, indent=1), "```", ""]
+        return "\n".join(lines)
+
+
+def megabytes(nbytes: int) -> str:
+    """A size for people.
+
+    >>> megabytes(3_604_262)
+    '3.60 MB'
+    """
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,157 @@
+"""Targets and forms: what a runtime executes well, and how a quantized weight is written for it.
+
+A `Form` is one way to write one use of a quantized weight into the graph (DequantizeLinear + MatMul, MatMulNBits,
+...). A `Target` is a value: which forms it prefers for which kind of use. Both answer "no" with a reason, and that
+text is the line in the report.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import graph
+from qgraph.files import Spool
+from qgraph.spec import QTensor, QuantSpec
+from qgraph.weights import Use, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question to a form: may this use of a weight be written so?
+
+    Attributes:
+        use: the operator and the layout of the weight for it.
+        dims: shape of the weight tensor.
+        dtype: float type of the weight tensor.
+        spec: how the weight is quantized.
+        activation: how the operator's input is quantized, None for float.
+        tied: the weight is also used in another way (a table that is also the head).
+    """
+
+    use: Use
+    dims: tuple[int, ...]
+    dtype: ir.DataType
+    spec: QuantSpec
+    activation: QuantSpec | None = None
+    tied: bool = False
+
+
+class Form(ABC):
+    """One way to write a quantized weight for its operator."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    domains: ClassVar[Mapping[str, int]] = {}
+
+    @abstractmethod
+    def refuses(self, request: Request) -> str:
+        """Why this form cannot serve the request, or "" where it can."""
+
+    @abstractmethod
+    def opset(self, request: Request) -> int:
+        """The lowest version of the default operator set that the form needs."""
+
+    @abstractmethod
+    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+        """Replace the use in the graph; returns the node that now computes the operator's output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """A target's answer: a form, or the reason why there is none."""
+
+    form: Form | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime to compile for. A value: register your own with `qgraph.register(Target(...))`.
+
+    Attributes:
+        name: as in `--target NAME`.
+        summary: one line for `qgraph targets`.
+        forms: for each kind of use ("matmul", "gemm", "conv", "conv_transpose", "gather", "rnn") the forms that the
+            target takes, best first.
+        max_opset: highest default-domain opset that the oldest supported version of the runtime loads.
+        auto: specs that the recipe `auto` tries per kind, best first, with the reason that the report prints.
+        inspect: reads the graph that the runtime really executes and says what became of each value; None where
+            the target is not one runtime.
+        notes: sentences for the report that hold for every model on this target.
+    """
+
+    name: str
+    summary: str
+    forms: Mapping[str, Sequence[Form]]
+    max_opset: int = 23
+    auto: Mapping[str, Sequence[tuple[str, str, str]]] = field(default_factory=dict)
+    inspect: Callable[[str, Sequence[str]], Mapping[str, Any]] | None = None
+    notes: Sequence[str] = ()
+
+    def support(self, request: Request, reachable_opset: int) -> Support:
+        """The best form for a request that needs no higher opset than `reachable_opset`, or why there is none."""
+        reasons = []
+        for form in self.forms.get(request.use.kind, ()):
+            reason = form.refuses(request)
+            needed = 0 if reason else form.opset(request)
+            if not reason and needed > min(self.max_opset, reachable_opset):
+                limit = f"target {self.name} stays at {self.max_opset}" if needed > self.max_opset else f"this model can be raised to {reachable_opset} only"
+                reason = f"needs opset {needed}, {limit}"
+            if not reason:
+                return Support(form)
+            reasons.append(f"{form.name}: {reason}")
+        if not reasons:
+            return Support(None, f"target {self.name} has no quantized form for {request.use.node.op_type}")
+        return Support(None, "; ".join(reasons))
+
+    def form(self, name: str) -> Form:
+        """The form of that name."""
+        return next(f for forms in self.forms.values() for f in forms if f.name == name)
+
+
+class Writer:
+    """Writes forms into one model: fresh names, and constants that several uses share are written once."""
+
+    def __init__(self, model: ir.Model, spool: Spool) -> None:
+        self.model = model
+        self.names = graph.Names(model)
+        self._spool = spool
+        self._shared: dict[tuple[Any, ...], ir.Value] = {}
+
+    def constant(self, key: tuple[Any, ...], name: str, make: Callable[[], np.ndarray[Any, Any] | ir.TensorProtocol]) -> ir.Value:
+        """The initializer for `key` (weight name and storage form), made on first use and shared afterwards."""
+        if key not in self._shared:
+            data = make()
+            tensor = data if not isinstance(data, np.ndarray) else ir.tensor(self._spool.keep(data))
+            self._shared[key] = graph.add_initializer(self.model.graph, self.names(name), tensor)
+        return self._shared[key]
+
+    def packed(self, key: tuple[Any, ...], name: str, codes: Callable[[], np.ndarray[Any, Any]], dtype: ir.DataType) -> ir.Value:
+        """An initializer of an ONNX sub-byte (or 8-bit) type from one code per byte."""
+        from qgraph import numerics
+
+        def make() -> ir.TensorProtocol:
+            unpacked = codes()
+            if dtype.bitwidth == 8:
+                return ir.tensor(self._spool.keep(unpacked))
+            data = self._spool.keep(numerics.pack(unpacked, dtype.bitwidth))
+            return ir.PackedTensor(data, dtype, shape=ir.Shape(unpacked.shape))
+
+        return self.constant(key, name, make)
+
+    def memo(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
+        """A computed value that several uses share (a quantized activation), made on first use."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def require(self, domains: Mapping[str, int]) -> None:
+        """Import the operator sets that a form uses."""
+        for domain, version in domains.items():
+            self.model.graph.opset_imports.setdefault(domain, version)

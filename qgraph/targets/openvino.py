@@ -1,0 +1,56 @@
+"""Target `openvino`: QDQ forms that OpenVINO's CPU plugin keeps compressed.
+
+Its FullyConnected takes i8/u8/i4/u4 weights from DequantizeLinear + MatMul, per channel or in blocks that divide K;
+it quantizes activations by itself (DYNAMIC_QUANTIZATION_GROUP_SIZE). Convolution weights are expanded at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qgraph.forms.dequantize import Dequantize
+from qgraph.registry import register
+from qgraph.target import Request, Target
+
+
+class WholeBlocks(Dequantize):
+    """DequantizeLinear whose blocks divide K: OpenVINO's reader refuses others."""
+
+    def refuses(self, request: Request) -> str:
+        """As Dequantize, and blocks must divide K; 2-bit ONNX types are unknown to OpenVINO."""
+        k = request.use.matrix.shape(request.dims)[1]
+        if request.spec.group and k % request.spec.group:
+            return f"OpenVINO wants blocks that divide K; {k} is not a multiple of {request.spec.group}"
+        if request.spec.qtype.bits == 2:
+            return "OpenVINO does not read 2-bit ONNX types"
+        if request.use.kind == "gather" and request.spec.group:
+            return "OpenVINO expands tables in blocks to float; it keeps one scale per row compressed"
+        return super().refuses(request)
+
+
+def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
+    """What OpenVINO executes for each of these values of the model at `path` (in a child process)."""
+    from qgraph.executed import match, openvino
+
+    return match.what_runs(openvino.executed_graph(path), outputs)
+
+
+_INT8 = "int8 weights per output channel stay compressed; OpenVINO quantizes activations by itself"
+
+OPENVINO = register(
+    Target(
+        name="openvino",
+        summary="OpenVINO >= 2025 on CPU",
+        forms={kind: (WholeBlocks(),) for kind in ("matmul", "gemm", "conv", "conv_transpose", "gather", "rnn")},
+        auto={
+            "matmul": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),
+            "gemm": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),
+            "gather": (("int8.ch", "float", "an int8 table with a scale per row stays compressed"),),
+            "tied": (("int8.ch", "float", "one int8 table serves the embedding and the head"),),
+            "rnn": (("int8.ch", "float", "smaller file; OpenVINO expands it at load"),),
+        },
+        inspect=inspect,
+        notes=("OpenVINO quantizes activations of compressed MatMuls at run time by its own choice; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns that off.",),
+    )
+)

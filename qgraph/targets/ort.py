@@ -1,0 +1,57 @@
+"""Target `ort`: stock ONNX Runtime, 1.23 or newer, on CPU.
+
+Measured (docs/notes/forms.md): MatMulNBits with accuracy_level 4 is the only weight-only form whose kernel is fast,
+for 4 and for 8 bits, and it scales activations per block, so one outlier channel does not spoil the others.
+DequantizeLinear + Gather dequantizes the whole table at each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qgraph.forms.dequantize import Dequantize
+from qgraph.forms.dynamic import DynamicInteger
+from qgraph.forms.gather_block import GatherBlock
+from qgraph.forms.gather_rows import GatherRows
+from qgraph.forms.matmul_nbits import MatMulNBits
+from qgraph.registry import register
+from qgraph.target import Target
+
+_INT8 = (
+    "8-bit blocks in MatMulNBits: the fastest form without calibration that keeps its accuracy where "
+    "activations have outliers (dynamic int8 has one scale for the whole activation)"
+)
+_PORTABLE = "int8 weights; this layout has no fused kernel in ONNX Runtime, so it is smaller but not faster"
+
+
+def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
+    """What ONNX Runtime executes for each of these values of the model at `path`."""
+    from qgraph.executed import match, ort
+
+    return match.what_runs(ort.executed_graph(path), outputs)
+
+
+ORT = register(
+    Target(
+        name="ort",
+        summary="stock ONNX Runtime >= 1.23 on CPU",
+        forms={
+            "matmul": (DynamicInteger(), MatMulNBits(), Dequantize()),
+            "gemm": (DynamicInteger(), MatMulNBits(), Dequantize()),
+            "conv": (Dequantize(),),
+            "conv_transpose": (Dequantize(),),
+            "gather": (GatherRows(), GatherBlock()),
+            "rnn": (Dequantize(),),
+        },
+        auto={
+            "matmul": (("int8.g128", "float", _INT8), ("int8.ch", "float", _PORTABLE)),
+            "gemm": (("int8.g128", "float", _INT8), ("int8.ch", "float", _PORTABLE)),
+            "gather": (("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),),
+            "tied": (("int8.g32", "float", "one int8 table serves the embedding and the head"), ("int8.ch", "float", "one int8 table for all its uses")),
+            "rnn": (("int8.ch", "float", _PORTABLE), ("int8.tensor", "float", _PORTABLE)),
+        },
+        inspect=inspect,
+        notes=("MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",),
+    )
+)
