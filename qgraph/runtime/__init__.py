@@ -4,7 +4,7 @@ Importing this is cheap: ONNX Runtime and the libraries beside it load on first 
 """
 
 from qgraph.runtime.capability import capabilities
-from qgraph.runtime.doctor import Check, doctor
+from qgraph.runtime.checks import Check, doctor
 from qgraph.runtime.library import library_path
 from qgraph.runtime.sessions import session
 
