@@ -19,7 +19,7 @@ INT8 = RNG.integers(-127, 128, (64, 32)).astype(np.int8)
 BLOCK_SCALE = np.full((2, 32), 0.01, np.float32)
 SCALE = np.full(32, 0.01, np.float32)
 BIAS = np.ones(32, np.float32)
-BLOCKED = """g (float[m, 64] x) => (float[m, 32] y) {
+BLOCKED = """g (float[n, m, 64] x) => (float[n, m, 32] y) {
     wf = DequantizeLinear <axis = 0, block_size = 32> (W, s)
     y0 = MatMul(x, wf)
     y = Add(y0, b) }"""
