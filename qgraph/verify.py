@@ -106,7 +106,7 @@ def _versions(scope: Scope) -> Iterator[Finding]:
 
 @rule("V02")
 def names(scope: Scope) -> Iterator[Finding]:
-    """Value names are unique in a graph and do not hide a value that the graph needs from outside."""
+    """Names of values and of nodes are unique in a graph and do not hide a value that the graph needs from outside."""
     held: dict[str, ir.Value] = {}
     for value in scope.defined:
         if not value.name:
@@ -126,6 +126,13 @@ def names(scope: Scope) -> Iterator[Finding]:
             yield Finding(
                 scope.inside(name), f"initializer is registered as {name!r}, named {value.name!r}"
             )
+    labels: set[str] = set()
+    for node in scope.nodes:
+        if node.name and node.name in labels:
+            yield Finding(
+                scope.at(node), "two nodes have this name", "names must be unique: rename one"
+            )
+        labels.add(node.name or "")
     yield from _shadowing(scope, held)
 
 
@@ -252,7 +259,11 @@ def _cycle(scope: Scope) -> tuple[ir.Node, ...]:
 
 @rule("V07")
 def declared(scope: Scope) -> Iterator[Finding]:
-    """Graph outputs exist; initializers have data of the declared type and shape."""
+    """Inputs have types, outputs exist, initializers have data of the declared type and shape."""
+    if scope.parent is None and scope.function is None:
+        for value in scope.graph.inputs:
+            if value.type is None:
+                yield Finding(scope.inside(value.name), "graph input has no type")
     for index, value in enumerate(scope.graph.outputs):
         if value in scope.defined:
             continue
@@ -297,7 +308,9 @@ def dead(scope: Scope) -> Iterator[Finding]:
             yield Finding(scope.at(node), "no output is used", "remove_dead drops it")
     for value in scope.graph.initializers.values():
         if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
-            yield Finding(scope.inside(value.name), "initializer is not used", "remove_dead drops it")
+            yield Finding(
+                scope.inside(value.name), "initializer is not used", "remove_dead drops it"
+            )
 
 
 @rule("V12")

@@ -65,7 +65,9 @@ def equivalent(
     """
     if not feeds:
         raise errors.InputError(
-            errors.Diagnostic("error", "QG118", "feeds", "nothing to compare on", "pass one or more")
+            errors.Diagnostic(
+                "error", "QG118", "feeds", "nothing to compare on", "pass one or more"
+            )
         )
     # One after the other: two sessions would hold the weights twice.
     expected = run(a, feeds)
@@ -183,7 +185,11 @@ def _leaves(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for x, y in zip(a, b, strict=True):
             yield from _leaves(x, y)
-    elif isinstance(a, (Mapping, list)) or isinstance(b, (Mapping, list)) or (a is None) != (b is None):
+    elif (
+        isinstance(a, (Mapping, list))
+        or isinstance(b, (Mapping, list))
+        or (a is None) != (b is None)
+    ):
         yield None, None
     elif a is not None:
         yield a, b

@@ -50,10 +50,7 @@ def sample_feeds(model: Source, count: int = 2, seed: int = 0) -> list[dict[str,
     session = verify_equivalent.session(model)
     inputs = [v for v in graph.graph.inputs if v.name and v.name not in graph.graph.initializers]
     traces = {v: verify_traces.trace(v, graph) for v in inputs}
-    feeds = []
-    for index in range(count):
-        feeds.append(_first_that_runs(inputs, traces, session, index, seed))
-    return feeds
+    return [_first_that_runs(inputs, traces, session, index, seed) for index in range(count)]
 
 
 def _first_that_runs(
@@ -121,9 +118,7 @@ def _feed(
     for value in inputs:
         _bind_known(value, traces[value], bound)
     shapes = {v: _shape(v, traces[v], attempt, bound) for v in inputs}
-    return {
-        v.name or "": _values(v, shapes[v], traces[v], attempt, rng, shapes) for v in inputs
-    }
+    return {v.name or "": _values(v, shapes[v], traces[v], attempt, rng, shapes) for v in inputs}
 
 
 def _bind_known(value: ir.Value, trace: verify_traces.Trace, bound: dict[str, int]) -> None:
@@ -143,7 +138,9 @@ def _shape(
         dims: list[int | ir.SymbolicDim] = [ir.SymbolicDim(None)] * rank
     else:
         dims = list(value.shape)
-    known = {axis % len(dims): n for axis, n in trace.sizes.items() if -len(dims) <= axis < len(dims)}
+    known = {
+        axis % len(dims): n for axis, n in trace.sizes.items() if -len(dims) <= axis < len(dims)
+    }
     shape = []
     for axis, dim in enumerate(dims):
         if isinstance(dim, int) and (dim > 0 or (dim == 0 and "past" in (value.name or ""))):
@@ -290,8 +287,5 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def _is_informative(outputs: dict[str, Any]) -> bool:
     """False where an output is empty or has nothing finite in it: it would prove nothing."""
-    for output in outputs.values():
-        if isinstance(output, np.ndarray) and output.dtype.kind == "f":
-            if output.size == 0 or not np.isfinite(output).any():
-                return False
-    return True
+    floats = [v for v in outputs.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    return all(v.size and np.isfinite(v).any() for v in floats)

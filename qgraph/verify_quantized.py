@@ -99,7 +99,10 @@ def _granularity(scope: Scope, node: ir.Node) -> Iterator[tuple[str, str]]:
         return
     zero_point = tensor_shape(_input(node, 2))
     if zero_point is not None and _squeeze_one(zero_point) != _squeeze_one(scale):
-        yield f"zero point has shape {_show(zero_point)}, scale {_show(scale)}", "they must be equal"
+        yield (
+            f"zero point has shape {_show(zero_point)}, scale {_show(scale)}",
+            "they must be equal",
+        )
     x = tensor_shape(node.inputs[0])
     block = _int(node, "block_size", 0)
     version = scope.imports.get(node.domain, 1) if node.domain == "" else BLOCK_SINCE
@@ -107,10 +110,16 @@ def _granularity(scope: Scope, node: ir.Node) -> Iterator[tuple[str, str]]:
         yield f"block_size is {block}", "0 or a positive number"
     elif block > 0:
         if version < BLOCK_SINCE:
-            yield f"block_size needs opset {BLOCK_SINCE}, the model has {version}", "raise the opset"
+            yield (
+                f"block_size needs opset {BLOCK_SINCE}, the model has {version}",
+                "raise the opset",
+            )
         yield from _blocked(node, x, scale, block)
     elif len(scale) > 1:
-        yield f"scale has shape {_show(scale)} without block_size", "set block_size, or use rank 0 or 1"
+        yield (
+            f"scale has shape {_show(scale)} without block_size",
+            "set block_size, or use rank 0 or 1",
+        )
     elif scale not in ([], [1]):
         if version < AXIS_SINCE:
             yield f"a scale per channel needs opset {AXIS_SINCE}, the model has {version}", ""

@@ -132,13 +132,15 @@ def _against_schema(scope: Scope, node: ir.Node, schema: Schema) -> Iterator[Fin
             yield Finding(scope.at(node), f"{node.op_type} needs its attribute {name!r}")
 
 
-def _count(
-    scope: Scope, node: ir.Node, what: str, count: int, least: int, most: int
-) -> Finding:
-    want = str(least) if least == most else f"{least} to {most}" if most < 2**31 - 1 else f"{least} or more"
-    return Finding(
-        scope.at(node), f"{node.op_type} has {count} {what}, its schema wants {want}"
+def _count(scope: Scope, node: ir.Node, what: str, count: int, least: int, most: int) -> Finding:
+    want = (
+        str(least)
+        if least == most
+        else f"{least} to {most}"
+        if most < 2**31 - 1
+        else f"{least} or more"
     )
+    return Finding(scope.at(node), f"{node.op_type} has {count} {what}, its schema wants {want}")
 
 
 def _against_function(scope: Scope, node: ir.Node, function: ir.Function) -> Iterator[Finding]:
@@ -153,9 +155,7 @@ def _against_function(scope: Scope, node: ir.Node, function: ir.Function) -> Ite
             )
     for name, attribute in function.attributes.items():
         if attribute.value is None and not attribute.is_ref() and name not in node.attributes:
-            yield Finding(
-                scope.at(node), f"{node.op_type} needs the function's attribute {name!r}"
-            )
+            yield Finding(scope.at(node), f"{node.op_type} needs the function's attribute {name!r}")
 
 
 def _body_arity(node: ir.Node, scope: Scope) -> tuple[int | None, int | None]:

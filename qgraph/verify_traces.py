@@ -126,7 +126,10 @@ def _fixed(node: ir.Node, index: int) -> Iterator[tuple[int, int]]:
         sizes = [(1, _dim(node.inputs[1], 0))]
     elif op in ("LSTM", "GRU", "RNN") and index == 0:
         sizes = [(2, _dim(node.inputs[1], 2))]
-    elif op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization") and index == 0:
+    elif (
+        op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+        and index == 0
+    ):
         sizes = [(-1, _dim(node.inputs[1], -1))]
     elif op in ("Add", "Sub", "Mul", "Div") and len(node.inputs) > 1:
         other = node.inputs[1 - index]
