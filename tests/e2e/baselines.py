@@ -25,7 +25,7 @@ if __name__ == "__main__":  # a checkout need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import real_data
 
-from qgraph import evaluate
+from qgraph import errors, evaluate
 from qgraph.evaluate import distributions, sessions, tensors
 
 Array = npt.NDArray[Any]
@@ -301,7 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--float", dest="float_model", type=Path, help="compare with it")
     parser.add_argument("--limit", type=int, help="use only the first N texts, pairs or images")
     given = parser.parse_args(arguments)
-    metrics = TASKS[given.task](given.model, limit=given.limit, float_model=given.float_model)
+    try:
+        metrics = TASKS[given.task](given.model, limit=given.limit, float_model=given.float_model)
+    except (real_data.MissingData, errors.QGraphError) as e:
+        parser.error(str(e))
     result = {"task": given.task, "model": str(given.model), **metrics}
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
 

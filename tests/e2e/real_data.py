@@ -34,18 +34,22 @@ SMILES = re.compile(
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+class MissingData(Exception):
+    """The test data are not there."""
+
+
 def data(name: str) -> Path:
     """A file of the test data.
 
     Raises:
-        LookupError: QGRAPH_TEST_DATA is not set, or the file is not there.
+        MissingData: QGRAPH_TEST_DATA is not set, or the file is not there.
     """
     folder = os.environ.get("QGRAPH_TEST_DATA")
     if not folder:
-        raise LookupError("set QGRAPH_TEST_DATA to the folder that holds the test models and data")
+        raise MissingData("set QGRAPH_TEST_DATA to the folder that holds the test models and data")
     path = Path(folder, name)
     if not path.exists():
-        raise LookupError(f"QGRAPH_TEST_DATA holds no {name}")
+        raise MissingData(f"QGRAPH_TEST_DATA holds no {name}")
     return path
 
 

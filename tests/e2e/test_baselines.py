@@ -162,10 +162,15 @@ def test_command_prints_json() -> None:
     assert found["kl_mean"] == 0
 
 
-def test_missing_data_is_told(baselines: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_is_told(
+    baselines: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("QGRAPH_TEST_DATA", raising=False)
-    with pytest.raises(LookupError, match="set QGRAPH_TEST_DATA"):
+    with pytest.raises(baselines.real_data.MissingData, match="set QGRAPH_TEST_DATA"):
         baselines.stories("model.onnx")
+    with pytest.raises(SystemExit):
+        baselines.main(["stories", "model.onnx"])
+    assert "error: set QGRAPH_TEST_DATA to the folder" in capsys.readouterr().err
 
 
 # What is fed, without any data
