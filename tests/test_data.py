@@ -34,9 +34,6 @@ def refusal(source: Any, *inputs: InputInfo, samples: int | None = None) -> str:
     return str(caught.value)
 
 
-# sources
-
-
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_rows_become_batches_of_one(tmp_path: Path, save: Callable[..., None]) -> None:
     save(tmp_path / "a.npz", image=image(3))
@@ -145,9 +142,6 @@ def test_fewer_samples_than_asked_for_is_noted() -> None:
     )
 
 
-# digest
-
-
 def test_digest_is_of_content_not_container(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", image=image(3))
     np.savez_compressed(tmp_path / "b.npz", image=image(3).astype(">f4"))
@@ -164,9 +158,6 @@ def test_digest_is_stable_across_versions() -> None:
     expected = hashlib.sha256(b"input_ids\0int64\0(1, 2)\0")
     expected.update(np.array([1, 2], "<i8").tobytes() + b"\n")
     assert data.load([feeds], [IDS]).digest() == expected.hexdigest()
-
-
-# casts
 
 
 def test_allowed_casts_are_noted_once() -> None:
@@ -207,9 +198,6 @@ def test_text_inputs() -> None:
     assert len(dataset.digest()) == 64
 
 
-# refusals
-
-
 @pytest.mark.parametrize(
     ("name", "text", "hint"),
     [
@@ -218,11 +206,7 @@ def test_text_inputs() -> None:
         ("calib.csv", "is not a kind of data that is known", "give a .npz, .npy or folder"),
         ("calib.py:fedes", "there is no function 'fedes'", "did you mean feeds?"),
         ("bad.py:feeds", "cannot be imported: ZeroDivisionError: division by zero", ""),
-        (
-            "no_such_module:feeds",
-            "cannot be imported: ModuleNotFoundError",
-            "folder/file.py:function",
-        ),
+        ("no_module:feeds", "cannot be imported: ModuleNotFoundError", "folder/file.py:function"),
         ("calib.py:number", "there is no function 'number'", ""),
         ("calib.py:nothing", "gives NoneType, nothing to iterate", "yield feeds dicts"),
         ("empty", "holds no .npz or .npy files", "one file per sample"),
@@ -284,10 +268,7 @@ def test_qg113_names_all_at_once(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", input_id=np.ones((2, 5), np.int64))
     message = refusal(tmp_path / "a.npz", IDS, MASK)
     where = tmp_path / "a.npz"
-    assert (
-        f"QG113 {where}[input_id]: is no input of the model\n  help: did you mean input_ids?"
-        in message
-    )
+    assert f"QG113 {where}[input_id]: is no input of the model\n  help: did you mean" in message
     assert f"QG113 {where}: model input 'attention_mask' is missing" in message
     assert "found: input_id" in message
     assert message.count("QG113") == 3
@@ -309,10 +290,7 @@ def test_qg113_a_sample_is_a_dict() -> None:
 
 def test_qg115_rank(tmp_path: Path) -> None:
     message = refusal([{"image": image(1)[0]}], IMAGE)
-    assert (
-        "QG115 feeds sample 0[image]: input image float32[batch, 2, 3]: found shape [2, 3], rank 2"
-        in message
-    )
+    assert f"QG115 feeds sample 0[image]: input {IMAGE}: found shape [2, 3], rank 2" in message
     assert "add the batch axis: array[None]" in message
     assert "reshape it to 3 dimensions" in refusal([{"image": image(1)[None]}], IMAGE)
     np.savez(tmp_path / "a.npz", image=np.zeros((2, 3), np.float32))
@@ -325,10 +303,7 @@ def test_qg115_rank(tmp_path: Path) -> None:
 
 def test_qg116_dimension() -> None:
     message = refusal([{"image": np.zeros((1, 2, 4), np.float32)}], IMAGE)
-    assert (
-        "QG116 feeds sample 0[image]: input image float32[batch, 2, 3]: found shape [1, 2, 4]"
-        in message
-    )
+    assert f"QG116 feeds sample 0[image]: input {IMAGE}: found shape [1, 2, 4]" in message
     assert "dimension 2 must be 3" in message
 
 
@@ -345,10 +320,7 @@ def test_qg118_finite(value: float) -> None:
     bad = image(1)
     bad[0, 1, 2] = value
     message = refusal([{"image": bad}], IMAGE)
-    assert (
-        f"QG118 feeds sample 0[image]: input image float32[batch, 2, 3]: {value} at index [0, 1, 2]"
-        in message
-    )
+    assert f"QG118 feeds sample 0[image]: input {IMAGE}: {value} at index [0, 1, 2]" in message
 
 
 def test_qg118_in_bfloat16() -> None:
@@ -374,9 +346,6 @@ def test_later_iterations_are_checked_too() -> None:
     feeds["image"][0] = np.nan
     with pytest.raises(errors.InputError, match="QG118"):
         list(dataset)
-
-
-# model inputs
 
 
 def model() -> ir.Model:

@@ -141,7 +141,6 @@ def test_latency_is_measured() -> None:
 
 
 def test_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gc
     import weakref
 
     from qgraph.evaluate import sessions
@@ -160,7 +159,6 @@ def test_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             nonlocal peak
             results = self.real.run(*given)
             alive.extend(weakref.ref(r) for r in results)
-            gc.collect()
             peak = max(peak, sum(ref() is not None for ref in alive))
             return results
 
@@ -210,3 +208,10 @@ def test_qg121_output() -> None:
 def test_data_errors_come_first() -> None:
     with pytest.raises(errors.InputError, match="QG113"):
         evaluate.compare(IDENTITY, TENTH_MORE, [{"y": 1}])
+
+
+def test_rows_of_an_archive_can_be_fed(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.arange(10, dtype=np.float32).reshape(5, 2))
+    error = only(evaluate.compare(IDENTITY, TENTH_MORE, tmp_path / "x.npz", rounds=0)).error
+    assert error is not None
+    assert error.max_abs == pytest.approx(0.9, rel=1e-5)

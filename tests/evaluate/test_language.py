@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qgraph import errors, evaluate
+from qgraph import errors, evaluate, models
 from qgraph.evaluate import language
 
 # Row t is p(next | t): token 0 is followed by 0, 1 or 2 with 1/2, 1/4, 1/4; the others by anything.
@@ -224,3 +224,10 @@ def test_rows_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate.perplexity(bigram(BIGRAMS), tokens, 50)
     monkeypatch.setattr(language.distributions, "CHUNK", 10)
     assert evaluate.perplexity(bigram(BIGRAMS), tokens, 50) == whole
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-kv"])
+def test_reference_models_reach_their_recorded_perplexity(name: str) -> None:
+    # The second also takes past keys and values; their length is 0 here.
+    found = evaluate.perplexity(f"zoo:{name}", models.eval_tokens(name), 256)
+    assert found.perplexity == pytest.approx(models.info(name).reached, rel=1e-5)
