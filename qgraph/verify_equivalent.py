@@ -1,13 +1,14 @@
 """Two models on the same inputs: error(y) = max|a - b| / max|a| for every output y, in float64.
 
 Both run in ONNX Runtime with its graph optimizer off, so that what is compared is the two graphs as they are written
-and not what an optimizer makes of them.
+and not what an optimizer makes of them, and on one thread, so that sums are added in one order.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import errors
+from qgraph import errors, files, runtime
 from qgraph.files import Source
+
+IN_MEMORY = 1 << 30  # bytes of weights; ONNX messages end at 2 GB
 
 Feeds: TypeAlias = Mapping[str, Any]
 
@@ -66,7 +69,7 @@ def equivalent(
     if not feeds:
         raise errors.InputError(
             errors.Diagnostic(
-                "error", "QG118", "feeds", "nothing to compare on", "pass one or more"
+                "error", "QG119", "feeds", "nothing to compare on", "pass one or more"
             )
         )
     # One after the other: two sessions would hold the weights twice.
@@ -89,30 +92,26 @@ def run(model: Source, feeds: Sequence[Feeds]) -> list[dict[str, Any]]:
 
 
 def session(model: Source) -> Any:
-    """A session with the optimizer off."""
-    import onnxruntime as ort
-
-    from qgraph import files
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    if isinstance(model, (str, os.PathLike)):
-        source = os.fspath(model)
-    elif isinstance(model, ir.Model):
-        source = files.to_proto(model).SerializeToString()
-    else:
-        source = model.SerializeToString()
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    """A session with the optimizer off; a model too large for one message goes through a temporary file."""
+    if isinstance(model, ir.Model):
+        if files.weight_bytes(model) > IN_MEMORY:
+            with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
+                path = files.save(model, os.path.join(folder, "model.onnx"), external_data=True)
+                return runtime.session(path, optimize="off", threads=1)
+        return runtime.session(files.to_proto(model), optimize="off", threads=1)
+    return runtime.session(model, optimize="off", threads=1)
 
 
 def run_once(session: Any, feed: Feeds) -> dict[str, Any]:
     """Outputs by name. Inputs of other models in `feed` are left out."""
+    import onnxruntime
+
+    quiet = onnxruntime.RunOptions()
+    quiet.log_severity_level = 4  # what it says is in the exception too
     taken = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
     names = [o.name for o in session.get_outputs()]
     try:
-        return dict(zip(names, session.run(names, taken), strict=True))
+        return dict(zip(names, session.run(names, taken, quiet), strict=True))
     except Exception as e:  # the runtime's exception types are not public
         raise errors.RuntimeFailure(
             errors.Diagnostic("error", "QG602", "ONNX Runtime", f"could not run the model: {e}")

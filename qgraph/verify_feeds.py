@@ -43,7 +43,7 @@ def sample_feeds(model: Source, count: int = 2, seed: int = 0) -> list[dict[str,
         seed: of the random numbers; same seed, same feeds.
 
     Raises:
-        errors.InputError: QG117, nothing that was tried runs.
+        errors.InputError: QG120, nothing that was tried runs.
         errors.RuntimeFailure: ONNX Runtime does not load the model.
     """
     graph = model if isinstance(model, ir.Model) else files.load(model)
@@ -84,7 +84,7 @@ def _first_that_runs(
     raise errors.InputError(
         errors.Diagnostic(
             "error",
-            "QG117",
+            "QG120",
             "sample inputs",
             f"none of {len(tried)} random inputs runs; ONNX Runtime says of the first: {failure}",
             "the graph alone does not tell which inputs are valid: pass real ones with --data",

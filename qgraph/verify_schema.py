@@ -18,21 +18,24 @@ def known_operators(scope: Scope) -> Iterator[Finding]:
     """Every operator exists at the imported opset, or is a function of the model."""
     for node in scope.nodes:
         domain = node.domain
-        if domain not in scope.imports or domain == CUSTOM_DOMAIN or _schema(scope, node):
-            if domain != "" or not _is_deprecated(scope, node):
-                continue
+        schema = _schema(scope, node)
+        if schema is not None and not schema.deprecated:
+            continue
+        if domain == CUSTOM_DOMAIN or domain not in scope.imports:
+            continue  # V13 and V01 speak of these
+        if node.op_identifier() in scope.model.functions:
+            continue
+        version = scope.imports[domain]
+        if schema is not None:
             yield Finding(
                 scope.at(node),
-                f"{node.op_type} was removed from ai.onnx by opset {scope.imports['']}",
-                "import the opset that the model was written for",
+                f"{node.op_type} was removed from {domain or 'ai.onnx'} by version {version}",
+                "import the version that the model was written for",
             )
-        elif node.op_identifier() in scope.model.functions:
-            continue
         elif domain in opset_schema.STANDARD_DOMAINS + opset_schema.RUNTIME_DOMAINS:
             yield Finding(
                 scope.at(node),
-                f"{domain or 'ai.onnx'} has no operator {node.op_type!r}"
-                f" at version {scope.imports[domain]}",
+                f"{domain or 'ai.onnx'} has no operator {node.op_type!r} at version {version}",
                 errors.nearest(node.op_type, opset_schema.names(domain)),
             )
         else:
@@ -91,11 +94,6 @@ def custom_operators(scope: Scope) -> Iterator[Finding]:
 def _schema(scope: Scope, node: ir.Node) -> Schema | None:
     version = scope.imports.get(node.domain)
     return None if version is None else opset_schema.find(node.domain, node.op_type, version)
-
-
-def _is_deprecated(scope: Scope, node: ir.Node) -> bool:
-    schema = _schema(scope, node)
-    return schema is not None and schema.deprecated
 
 
 def _against_schema(scope: Scope, node: ir.Node, schema: Schema) -> Iterator[Finding]:
