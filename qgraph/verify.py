@@ -253,7 +253,7 @@ def _cycle(scope: Scope) -> tuple[ir.Node, ...]:
     try:
         graphlib.TopologicalSorter(needs).prepare()
     except graphlib.CycleError as e:
-        return tuple(scope.nodes[position] for position in reversed(e.args[1]))
+        return tuple(scope.nodes[position] for position in e.args[1])
     return ()
 
 
@@ -267,7 +267,7 @@ def declared(scope: Scope) -> Iterator[Finding]:
     for index, value in enumerate(scope.graph.outputs):
         if value in scope.defined:
             continue
-        if scope.parent is not None and scope.parent.lookup(value) is not None:
+        if _is_outer(scope, value):
             yield Finding(
                 scope.inside(value.name),
                 f"output {index} is a value of an outer graph",
@@ -298,6 +298,16 @@ def declared(scope: Scope) -> Iterator[Finding]:
                 f"initializer has shape {list(data)}, declared as {shape}",
                 "the shape of the value must follow its data",
             )
+
+
+def _is_outer(scope: Scope, value: ir.Value) -> bool:
+    """True for a value of an enclosing graph, also where reading the file has lost the connection."""
+    outer = scope.parent
+    while outer is not None:
+        if value in outer.defined or any(v.name == value.name for v in outer.defined):
+            return True
+        outer = outer.parent
+    return False
 
 
 @rule("V10", "warning")
