@@ -23,6 +23,7 @@
 #include <cstdint>
 
 #include "kernels/rtn.h"
+#include "kernels/rtn_grid.h"
 
 namespace {
 
@@ -32,24 +33,6 @@ constexpr int kBatch = 4;      // candidates measured in one sweep
 constexpr int kMaxCandidates = 48;
 
 using Lanes = float[kTile];
-
-// What the search tries for each bit width, at about the knee of error against time: ten times as
-// many candidates gain 0.1 % of the error at 4 bits and a few percent at 8.
-struct Grid {
-  int same_sign;      // symmetric: scales with the sign that the largest weight asks for
-  int opposite_sign;  // symmetric: scales with the other sign
-  int shrinks;        // asymmetric: scales for each zero point
-  int zero_points;    // asymmetric: 1 = the plain one, 3 = its neighbours too
-  float wide;         // largest scale tried, as a multiple of the plain one
-  float narrow;       // smallest scale tried, likewise ...
-  float rms_share;    // ... or this multiple of the RMS where that is smaller
-};
-
-inline Grid grid_for(int bits, bool is_symmetric) {
-  if (bits == 2) return {12, 8, 12, 3, is_symmetric ? 1.25f : 1.05f, 0.7f, 0.8f};
-  if (bits == 4) return {24, 16, 12, 3, is_symmetric ? 1.25f : 1.05f, 0.7f, 0.27f};
-  return {12, 4, 16, 1, is_symmetric ? 1.15f : 1.05f, 0.75f, 0.028f};
-}
 
 // A sixteen-group tile on its way through the search.
 class Search {
@@ -91,17 +74,22 @@ class Search {
     }
   }
 
+  // How many of the n elements from `start` on lane l has.
+  int elements(int l, int64_t start, int n) const {
+    const int64_t left = length_[l] - start;
+    return static_cast<int>(left < 0 ? 0 : (left < n ? left : n));
+  }
+
   void fill(int64_t start, int n) {
     loaded_ = start;
     for (int l = 0; l < kTile; ++l) {
-      const int64_t left = length_[l] - start;
-      const int have = static_cast<int>(left < 0 ? 0 : (left < n ? left : n));
-      const float* w = p_.w + offset_[l] + start;
-      for (int k = 0; k < have; ++k) w_[k * kTile + l] = w[k];
+      const int have = elements(l, start, n);
+      const int64_t at = offset_[l] + start;
+      for (int k = 0; k < have; ++k) w_[k * kTile + l] = p_.w[at + k];
       for (int k = have; k < n; ++k) w_[k * kTile + l] = 0.0f;
       if (p_.importance == nullptr) continue;
-      const float* i = p_.importance + column_[l] + start;
-      for (int k = 0; k < have; ++k) i_[k * kTile + l] = i[k];
+      const int64_t column = column_[l] + start;
+      for (int k = 0; k < have; ++k) i_[k * kTile + l] = p_.importance[column + k];
       for (int k = have; k < n; ++k) i_[k * kTile + l] = 0.0f;
     }
   }
@@ -349,10 +337,8 @@ class Search {
     for_each_segment([this](int n, int64_t start) {
       for (int j = 0; j < kTile; j += V::kLanes) encode_segment(n, j);
       for (int l = 0; l < kTile; ++l) {
-        const int64_t left = length_[l] - start;
-        const int have = static_cast<int>(left < 0 ? 0 : (left < n ? left : n));
-        uint8_t* out = p_.codes + offset_[l] + start;
-        for (int k = 0; k < have; ++k) out[k] = codes_[k * kTile + l];
+        const int have = elements(l, start, n);
+        for (int k = 0; k < have; ++k) p_.codes[offset_[l] + start + k] = codes_[k * kTile + l];
       }
     });
     const int64_t per_row = p_.groups_per_row();
