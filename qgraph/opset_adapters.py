@@ -44,7 +44,7 @@ def _nothing(node: ir.Node, edit: Edit) -> None:
 
 
 # Clip-1 had no bounds by default, Clip-6 the largest float. GRU-1 misspelled a default.
-for _step in (("Clip", 6), ("GRU", 3), ("LpPool", 11)):
+for _step in (("Clip", 6), ("GRU", 3)):
     ADAPTERS[_step] = _nothing
 
 
