@@ -7,16 +7,18 @@ every use of the weight is taken. What stays float gets a coded reason, and so d
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
-from qgraph import errors, graph, opset, weights
+from qgraph import errors, graph, opset, sensitivity, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.plan import Decision
 from qgraph.recipe import AUTO, FLOAT, Rule
 from qgraph.registry import register
+from qgraph.report import Entry
 from qgraph.spec import QuantSpec
 from qgraph.target import Request, Target
 from qgraph.weights import Weight
@@ -36,13 +38,16 @@ class AssignPrecision(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.plan`."""
         found = weights.find(model)
-        used: set[int] = set()
+        decided: dict[int, list[Weight]] = {}
         reach = _Reach(model, ctx.target.max_opset)
         for weight in found:
             index, rule = _match(ctx.recipe.rules, weight)
-            used.add(index)
             ctx.plan.add(_decide(weight, rule, ctx, reach))
-        _check_names(ctx.recipe.rules, found, used)
+            ctx.records.setdefault(weight.name, {})["entry"] = _entry(weight)
+            decided.setdefault(index, []).append(weight)
+        for index, rule in enumerate(ctx.recipe.rules):
+            _promote(rule, decided.get(index, []), ctx, reach)
+        _check_names(ctx.recipe.rules, found)
         return False
 
 
@@ -79,12 +84,37 @@ def _match(rules: Sequence[Rule], weight: Weight) -> tuple[int, Rule | None]:
         ops = {u.node.op_type for u in weight.uses}
         if rule.ops and not ops & set(rule.ops):
             continue
-        if rule.names and not any(fnmatch.fnmatchcase(n, g) for n in _names(weight) for g in rule.names):
+        if rule.names and not any(
+            fnmatch.fnmatchcase(n, g) for n in _names(weight) for g in rule.names
+        ):
             continue
-        if weight.shape[0] * weight.shape[1] < rule.min_elements:
+        if weight.shape[0] * weight.shape[1] < rule.min_elements or (
+            rule.tied and not weight.is_tied
+        ):
             continue
         return index, rule
     return -1, None
+
+
+def _promote(rule: Rule, decided: Sequence[Weight], ctx: Context, reach: _Reach) -> None:
+    """Give the rule's most sensitive weights its sensitive spec, within the rule's share."""
+    if not rule.sensitive or not rule.sensitive_share:
+        return
+    quantized = [w for w in decided if ctx.plan.decisions[w.name].spec is not None]
+    raised = rule.model_copy(update={"weights": (rule.sensitive,)})
+    for weight in sensitivity.most_sensitive(quantized, rule.sensitive_share):
+        decision = _decide(weight, raised, ctx, reach)
+        if decision.spec is not None:
+            reason = f"reads a norm and feeds no Softmax: among the most sensitive {rule.sensitive_share:.0%} of rule {rule.id!r}"
+            ctx.plan.add(replace(decision, reason=reason))
+
+
+def _entry(weight: Weight) -> Entry:
+    """The weight's line in the ledger, before anything is decided."""
+    operators = Counter(u.node.op_type for u in weight.uses)
+    return Entry(
+        weight.name, weight.label, dict(operators), weight.dims, weight.nbytes, weight.nbytes
+    )
 
 
 def _names(weight: Weight) -> list[str]:
@@ -99,15 +129,23 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
         return Decision(weight.name, "weight", None, reason=reason, by=by, code=code)
 
     if rule is None:
-        return stays("QG310", f"no rule of recipe {ctx.recipe.name!r} matches {weight.uses[0].node.op_type}")
+        return stays(
+            "QG310", f"no rule of recipe {ctx.recipe.name!r} matches {weight.uses[0].node.op_type}"
+        )
     blocked = next((u.reason for u in weight.uses if u.reason), "")
     if blocked:
         return stays("QG311", blocked)
     if n * k < ctx.recipe.min_elements:
-        return stays("QG312", f"{n * k} elements are fewer than min_elements = {ctx.recipe.min_elements}")
+        return stays(
+            "QG312", f"it has fewer elements than min_elements = {ctx.recipe.min_elements}"
+        )
     if len({(u.matrix.shape(weight.dims)) for u in weight.uses}) > 1:
         return stays("QG313", "its uses sum over different axes, so no grouping serves all of them")
-    dtype = weight.value.const_value.dtype if weight.value.const_value is not None else ir.DataType.FLOAT
+    dtype = (
+        weight.value.const_value.dtype
+        if weight.value.const_value is not None
+        else ir.DataType.FLOAT
+    )
     reasons: list[str] = []
     for text, why in _choices(rule, weight, ctx.target):
         if text == FLOAT:
@@ -123,7 +161,16 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
             reason = rule.reason or why or f"rule {rule.id!r} of recipe {ctx.recipe.name!r}"
             if reasons:
                 reason += f"; not {reasons[0]}"
-            return Decision(weight.name, "weight", spec, rule.solver, reason, by, forms=tuple(forms), activation=activation if _is_dynamic(forms) else None)
+            return Decision(
+                weight.name,
+                "weight",
+                spec,
+                rule.solver,
+                reason,
+                by,
+                forms=tuple(forms),
+                activation=activation if _is_dynamic(forms) else None,
+            )
         reasons.append(f"{spec}: {refused}")
     return stays("QG315", "; ".join(reasons) or rule.reason)
 
@@ -134,7 +181,9 @@ def _choices(rule: Rule, weight: Weight, target: Target) -> list[tuple[str, str]
     for text in rule.weights:
         if text == AUTO:
             kind = "tied" if len(weight.kinds) > 1 else weight.kinds[0]
-            for spec, activations, why in target.auto.get(kind, target.auto.get(weight.kinds[0], ())):
+            for spec, activations, why in target.auto.get(
+                kind, target.auto.get(weight.kinds[0], ())
+            ):
                 found.append((spec, ("dynamic: " if activations == "int8" else "") + why))
         else:
             found.append((text, ""))
@@ -146,7 +195,12 @@ def _is_dynamic(forms: Sequence[str]) -> bool:
 
 
 def _forms(
-    weight: Weight, spec: QuantSpec, activation: QuantSpec | None, dtype: ir.DataType, target: Target, reach: _Reach
+    weight: Weight,
+    spec: QuantSpec,
+    activation: QuantSpec | None,
+    dtype: ir.DataType,
+    target: Target,
+    reach: _Reach,
 ) -> tuple[list[str], str]:
     """A form for every use, or the reason of the first use that has none."""
     chosen = []
@@ -170,7 +224,7 @@ def fit_group(spec: QuantSpec, k: int) -> QuantSpec:
     return spec if group == spec.group else replace(spec, block=(spec.block[0], group))
 
 
-def _check_names(rules: Sequence[Rule], found: Sequence[Weight], used: set[int]) -> None:
+def _check_names(rules: Sequence[Rule], found: Sequence[Weight]) -> None:
     """A glob that a person wrote and that matches nothing is an error (law 4)."""
     known = [name for w in found for name in _names(w)]
     problems = []
@@ -178,8 +232,14 @@ def _check_names(rules: Sequence[Rule], found: Sequence[Weight], used: set[int])
         for pattern in rule.names:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
                 where = f"rules[{index}].names = {pattern!r}"
-                problems.append(errors.Diagnostic("error", "QG309", where, "matches no weight of this model", errors.nearest(pattern.strip("*?"), known)))
+                problems.append(
+                    errors.Diagnostic(
+                        "error",
+                        "QG309",
+                        where,
+                        "matches no weight of this model",
+                        errors.nearest(pattern.strip("*?"), known),
+                    )
+                )
     if problems:
         raise errors.RecipeError(*problems)
-
-

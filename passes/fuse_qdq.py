@@ -43,26 +43,54 @@ class FuseQdq(Pass):
 
     def _lower(self, writer: Writer, weight: Weight, use: Use, q: QTensor, ctx: Context) -> bool:
         dtype = ir.DataType["FLOAT16" if q.spec.scale_dtype == "float16" else "FLOAT"]
-        support = ctx.target.support(Request(use, weight.dims, dtype, q.spec, None), graph.opset(writer.model))
+        support = ctx.target.support(
+            Request(use, weight.dims, dtype, q.spec, None), graph.opset(writer.model)
+        )
         if support.form is None:
-            ctx.report("missed", "QG501", weight.label, f"stays DequantizeLinear + {use.node.op_type}: {support.reason}")
+            ctx.report(
+                "missed",
+                "QG501",
+                weight.label,
+                f"stays DequantizeLinear + {use.node.op_type}: {support.reason}",
+            )
             return False
         if support.form.name == "dequantize-linear":
             return False
         output = str(use.node.outputs[0].name)
         made = support.form.write(writer, weight, use, q, None)
-        record = next((r for r in ctx.records.values() if any(n["output"] == output for n in r.get("nodes", ()))), None)
+        record = next(
+            (
+                r
+                for r in ctx.records.values()
+                if any(n["output"] == output for n in r.get("nodes", ()))
+            ),
+            None,
+        )
         if record is None:
             record = ctx.records.setdefault(weight.name, {"spec": str(q.spec), "from_model": True})
         nodes = [n for n in record.get("nodes", []) if n["output"] != output]
-        record["nodes"] = [*nodes, {"form": support.form.name, "node": made.name or "", "output": str(made.outputs[0].name)}]
+        record["nodes"] = [
+            *nodes,
+            {
+                "form": support.form.name,
+                "node": made.name or "",
+                "output": str(made.outputs[0].name),
+            },
+        ]
         return True
 
 
-def _quantized_weight(node: ir.Node, index: int, v: ir.Value | None) -> tuple[Weight, Use, QTensor] | None:
+def _quantized_weight(
+    node: ir.Node, index: int, v: ir.Value | None
+) -> tuple[Weight, Use, QTensor] | None:
     """The weight behind a DequantizeLinear of constants, as a matrix for this use of it."""
     producer = v.producer() if v is not None else None
-    if v is None or producer is None or producer.op_type != "DequantizeLinear" or producer.domain != "":
+    if (
+        v is None
+        or producer is None
+        or producer.op_type != "DequantizeLinear"
+        or producer.domain != ""
+    ):
         return None
     layout = weights.LAYOUTS.get((node.domain, node.op_type, index))
     codes = producer.inputs[0]
@@ -89,7 +117,12 @@ def _read(dequantize: ir.Node, matrix: Matrix, dims: tuple[int, ...]) -> QTensor
     zero = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
     if not graph.is_constant(scale) or (zero is not None and not graph.is_constant(zero)):
         return None
-    assert codes is not None and scale is not None and codes.const_value is not None and scale.const_value is not None
+    assert (
+        codes is not None
+        and scale is not None
+        and codes.const_value is not None
+        and scale.const_value is not None
+    )
     name = codes.const_value.dtype.name.lower()
     if name not in QTYPES:
         return None
@@ -106,14 +139,26 @@ def _read(dequantize: ir.Node, matrix: Matrix, dims: tuple[int, ...]) -> QTensor
         shape, grain = (1, 0 if whole else block), matrix.of
     else:
         return None
-    zero_point = None if zero is None else np.ascontiguousarray(grain(graph.array(zero))).astype(QTYPES[name].container)
+    zero_point = (
+        None
+        if zero is None
+        else np.ascontiguousarray(grain(graph.array(zero))).astype(QTYPES[name].container)
+    )
     if zero_point is not None and QTYPES[name].is_signed and not zero_point.any():
         zero_point = None
-    elif zero_point is not None and not QTYPES[name].is_signed and (zero_point == 2 ** (QTYPES[name].bits - 1)).all():
+    elif (
+        zero_point is not None
+        and not QTYPES[name].is_signed
+        and (zero_point == 2 ** (QTYPES[name].bits - 1)).all()
+    ):
         zero_point = None
     elif zero is None and not QTYPES[name].is_signed:
-        zero_point = np.zeros(np.asarray(grain(scale_array)).shape, np.uint8)  # absent means 0, not the middle
+        zero_point = np.zeros(
+            np.asarray(grain(scale_array)).shape, np.uint8
+        )  # absent means 0, not the middle
     kind = "float16" if scale.const_value.dtype == ir.DataType.FLOAT16 else "float32"
     spec = QuantSpec(QTYPES[name], shape, zero_point is None, kind)
     held = np.ascontiguousarray(matrix.of(graph.array(codes))).astype(QTYPES[name].container)
-    return QTensor(spec, held, np.ascontiguousarray(grain(scale_array)).astype(np.float32), zero_point)
+    return QTensor(
+        spec, held, np.ascontiguousarray(grain(scale_array)).astype(np.float32), zero_point
+    )

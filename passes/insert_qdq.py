@@ -33,7 +33,9 @@ class InsertQdq(Pass):
             opset.raise_opset(model, needed)
         planned = _planned(model, ctx)  # raising the opset may have replaced nodes
         position = {node: index for index, node in enumerate(graph.nodes(model))}
-        todo = [(use, form, w, d) for w, d in planned for use, form in zip(w.uses, d.forms, strict=True)]
+        todo = [
+            (use, form, w, d) for w, d in planned for use, form in zip(w.uses, d.forms, strict=True)
+        ]
         # In graph order, so that a quantized activation that several operators share stands before the first of them.
         todo.sort(key=lambda item: position[item[0].node])
         writer = Writer(model, ctx.spool)
@@ -52,15 +54,34 @@ class InsertQdq(Pass):
     def _opset(self, weight: Weight, decision: Decision, ctx: Context) -> int:
         assert decision.spec is not None and weight.value.const_value is not None
         return max(
-            ctx.target.form(name).opset(Request(use, weight.dims, weight.value.const_value.dtype, decision.spec, decision.activation, weight.is_tied))
+            ctx.target.form(name).opset(
+                Request(
+                    use,
+                    weight.dims,
+                    weight.value.const_value.dtype,
+                    decision.spec,
+                    decision.activation,
+                    weight.is_tied,
+                )
+            )
             for use, name in zip(weight.uses, decision.forms, strict=True)
         )
 
-    def _write(self, writer: Writer, use: Use, form_name: str, weight: Weight, decision: Decision, ctx: Context) -> None:
+    def _write(
+        self,
+        writer: Writer,
+        use: Use,
+        form_name: str,
+        weight: Weight,
+        decision: Decision,
+        ctx: Context,
+    ) -> None:
         form = ctx.target.form(form_name)
         made = form.write(writer, weight, use, ctx.plan.solved[weight.name], decision.activation)
         record = ctx.records.setdefault(weight.name, {})
-        record.setdefault("nodes", []).append({"form": form_name, "node": made.name or "", "output": str(made.outputs[0].name)})
+        record.setdefault("nodes", []).append(
+            {"form": form_name, "node": made.name or "", "output": str(made.outputs[0].name)}
+        )
 
 
 def _planned(model: ir.Model, ctx: Context) -> list[tuple[Weight, Decision]]:

@@ -52,11 +52,19 @@ class SolveWeights(Pass):
         w = weight.read()
         power = _power(w, weight)
         assert decision.spec is not None
-        q = solver.solve(w, decision.spec, None, np.random.default_rng([ctx.recipe.seed, len(ctx.plan.solved)]))
+        q = solver.solve(
+            w, decision.spec, None, np.random.default_rng([ctx.recipe.seed, len(ctx.plan.solved)])
+        )
         zero_point = None if q.zero_point is None else ctx.spool.keep(q.zero_point)
-        ctx.plan.solved[weight.name] = QTensor(q.spec, ctx.spool.keep(q.codes), ctx.spool.keep(q.scale), zero_point, q.error)
-        sqnr = math.inf if q.error == 0 else 10 * math.log10(power / q.error) if power else -math.inf
-        ctx.records.setdefault(weight.name, {}).update(squared_error=q.error, sqnr_db=sqnr, elements=w.size)
+        ctx.plan.solved[weight.name] = QTensor(
+            q.spec, ctx.spool.keep(q.codes), ctx.spool.keep(q.scale), zero_point, q.error
+        )
+        sqnr = (
+            math.inf if q.error == 0 else 10 * math.log10(power / q.error) if power else -math.inf
+        )
+        ctx.records.setdefault(weight.name, {}).update(
+            squared_error=q.error, sqnr_db=sqnr, elements=w.size
+        )
 
 
 def make_solver(name: str, ctx: Context) -> Solver:
@@ -67,7 +75,16 @@ def make_solver(name: str, ctx: Context) -> Solver:
     except ValidationError as e:
         keys = [".".join(map(str, p["loc"])) for p in e.errors()]
         raise errors.RecipeError(
-            *(errors.Diagnostic("error", "QG305", f"solvers.{name}.{k}", "is no option or has a bad value", errors.nearest(k, kind.Options.model_fields)) for k in keys)
+            *(
+                errors.Diagnostic(
+                    "error",
+                    "QG305",
+                    f"solvers.{name}.{k}",
+                    "is no option or has a bad value",
+                    errors.nearest(k, kind.Options.model_fields),
+                )
+                for k in keys
+            )
         ) from e
     return made
 

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qgraph import errors, files, recipe as recipes, registry, verify as verifier, weights
+from qgraph import errors, files, recipe as recipes, registry, verify as verifier
 from qgraph.instruments import EquivalenceChecker, Verifier
 from qgraph.pipeline import Context, Instrument, Pipeline, Timer
 from qgraph.report import Entry, Report
@@ -102,21 +101,39 @@ def optimize(
         errors.AccuracyError: an accuracy floor was missed; nothing is written.
     """
     chosen = recipes.load(recipe, overrides)
-    goal = registry.get("target", target or chosen.target) if not isinstance(target, Target) else target
+    goal = (
+        registry.get("target", target or chosen.target)
+        if not isinstance(target, Target)
+        else target
+    )
     if goal.name != chosen.target:
         chosen = chosen.model_copy(update={"target": goal.name})
     destination = files.check_output(output, force=force) if output is not None else None
     pipeline = Pipeline(chosen.pipeline, {k: dict(v) for k, v in chosen.options.items()})
     _check_solvers(chosen)
     if (min_sqnr is not None or max_kl is not None) and data is None:
-        raise errors.InputError(errors.Diagnostic("error", "QG130", "--min-sqnr/--max-kl", "an accuracy floor needs data to be measured on", "give --data"))
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error",
+                "QG130",
+                "--min-sqnr/--max-kl",
+                "an accuracy floor needs data to be measured on",
+                "give --data",
+            )
+        )
     work = files.load(model)
     _refuse_broken(work)
     source = _source_name(model)
-    before = {w.name: _entry(w) for w in weights.find(work)}
     float_bytes = files.file_bytes(source) if os.path.isfile(source) else files.weight_bytes(work)
     timer = Timer()
-    ctx = Context(goal, chosen, data=data, rng=np.random.default_rng(chosen.seed), spool=files.Spool(destination.parent if destination else None), threads=threads)
+    ctx = Context(
+        goal,
+        chosen,
+        data=data,
+        rng=np.random.default_rng(chosen.seed),
+        spool=files.Spool(destination.parent if destination else None),
+        threads=threads,
+    )
     if progress is not None:
         ctx.progress = progress
     watchers: list[Instrument] = [timer]
@@ -127,15 +144,25 @@ def optimize(
         checker = EquivalenceChecker()
         watchers.append(checker)
     pipeline.run(work, ctx, [*watchers, *instruments])
-    report = Report(source, str(destination or ""), chosen.name, goal.name, float_bytes, seconds=timer.seconds, versions=_versions())
+    report = Report(
+        source,
+        str(destination or ""),
+        chosen.name,
+        goal.name,
+        float_bytes,
+        seconds=timer.seconds,
+        versions=_versions(),
+    )
     report.resolved_recipe = chosen.model_dump(mode="json")
     report.notes = list(goal.notes)
     report.checks = checker.lines if checker else []
     report.diagnostics = ctx.diagnostics
-    report.ledger = _ledger(before, work, ctx)
+    report.ledger = _ledger(ctx)
     _stamp(work, chosen)
     result = Result(work, report, report.metrics)
-    _finish(result, model, goal, destination, inspect, force, external_data, min_sqnr, max_kl, data, ctx)
+    _finish(
+        result, model, goal, destination, inspect, force, external_data, min_sqnr, max_kl, data, ctx
+    )
     return result
 
 
@@ -157,7 +184,12 @@ def _finish(
     report = result.report
     with _staging(destination) as folder:
         name = destination.name if destination is not None else "model.onnx"
-        staged = files.save(result.model, folder / name, external_data=external_data, progress=lambda n, share: ctx.progress(f"saving {n}", share))
+        staged = files.save(
+            result.model,
+            folder / name,
+            external_data=external_data,
+            progress=lambda n, share: ctx.progress(f"saving {n}", share),
+        )
         report.output_bytes = files.file_bytes(staged)
         if inspect and goal.inspect is not None:
             _inspect(report, ctx, goal, staged)
@@ -172,18 +204,24 @@ def _finish(
 
 @contextlib.contextmanager
 def _staging(destination: Path | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=".qgraph-", dir=destination.parent if destination else None) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=".qgraph-", dir=destination.parent if destination else None
+    ) as folder:
         yield Path(folder)
 
 
 def _source_name(model: files.Source) -> str:
-    return "(model in memory)" if isinstance(model, (ir.Model, onnx.ModelProto)) else os.fspath(model)
+    return (
+        "(model in memory)" if isinstance(model, (ir.Model, onnx.ModelProto)) else os.fspath(model)
+    )
 
 
 def _refuse_broken(model: ir.Model) -> None:
     found = [d for d in verifier.verify(model) if d.severity == "error"]
     if found:
-        raise errors.InputError(*(errors.Diagnostic("error", d.code, d.where, d.message, d.hint) for d in found[:10]))
+        raise errors.InputError(
+            *(errors.Diagnostic("error", d.code, d.where, d.message, d.hint) for d in found[:10])
+        )
 
 
 def _check_solvers(chosen: recipes.Recipe) -> None:
@@ -191,21 +229,14 @@ def _check_solvers(chosen: recipes.Recipe) -> None:
         registry.get("solver", name)
 
 
-def _entry(weight: weights.Weight) -> Entry:
-    operators = Counter(u.node.op_type for u in weight.uses)
-    return Entry(weight.name, weight.label, dict(operators), weight.dims, weight.nbytes, weight.nbytes)
-
-
-def _ledger(before: dict[str, Entry], work: ir.Model, ctx: Context) -> list[Entry]:
-    """What the plan decided, and what was written. Weights that canonicalize made appear under their new names."""
+def _ledger(ctx: Context) -> list[Entry]:
+    """What the plan decided about every weight, and what was written."""
     ledger = []
     for decision in ctx.plan.decisions.values():
         if decision.role != "weight":
             continue
         record = ctx.records.get(decision.value, {})
-        entry = record.get("entry") or before.get(decision.value)
-        if entry is None:
-            continue
+        entry: Entry = record["entry"]
         entry.reason, entry.by, entry.code = decision.reason, decision.by, decision.code
         if decision.spec is not None and "nodes" in record:
             entry.spec = str(decision.spec)
@@ -229,32 +260,61 @@ def _inspect(report: Report, ctx: Context, goal: Target, path: Path) -> None:
         ran = goal.inspect(str(path), outputs)
     except errors.RuntimeFailure as e:
         report.diagnostics.extend(
-            errors.Diagnostic("warning", d.code, d.where, f"what runs could not be checked: {d.message}", d.hint) for d in e.diagnostics
+            errors.Diagnostic(
+                "warning", d.code, d.where, f"what runs could not be checked: {d.message}", d.hint
+            )
+            for d in e.diagnostics
         )
         return
     for entry in report.ledger:
         nodes = ctx.records.get(entry.weight, {}).get("nodes", ())
         entry.runs = [str(ran[n["output"]].kernel) for n in nodes if n["output"] in ran]
-    report.checks.append(f"the fusion check opened the model in {goal.name} and read the graph that it executes")
+    report.checks.append(
+        f"the fusion check opened the model in {goal.name} and read the graph that it executes"
+    )
 
 
 def _missed(report: Report, goal: Target) -> None:
     """Say aloud what stayed float, and when nothing was quantized at all."""
     for code, reason, count, size in report.stayed_float():
         report.diagnostics.append(
-            errors.Diagnostic("missed", code, f"{count} weight{'s' if count > 1 else ''} ({size} bytes)", f"stays float: {reason}")
+            errors.Diagnostic(
+                "missed",
+                code,
+                f"{count} weight{'s' if count > 1 else ''} ({size} bytes)",
+                f"stays float: {reason}",
+            )
         )
     if report.ledger and not report.quantized:
         report.diagnostics.append(
-            errors.Diagnostic("warning", "QG320", "", f"nothing was quantized for target {goal.name}; the output is the canonicalized float model", "the lines above say why")
+            errors.Diagnostic(
+                "warning",
+                "QG320",
+                "",
+                f"nothing was quantized for target {goal.name}; the output is the canonicalized float model",
+                "the lines above say why",
+            )
         )
     elif not report.ledger:
         report.diagnostics.append(
-            errors.Diagnostic("warning", "QG321", "", "the model has no weights that qgraph can quantize; the output is the canonicalized float model", "see: qgraph inspect MODEL")
+            errors.Diagnostic(
+                "warning",
+                "QG321",
+                "",
+                "the model has no weights that qgraph can quantize; the output is the canonicalized float model",
+                "see: qgraph inspect MODEL",
+            )
         )
 
 
-def _hold_floors(report: Report, model: files.Source, staged: Path, data: Any, min_sqnr: float | None, max_kl: float | None) -> None:
+def _hold_floors(
+    report: Report,
+    model: files.Source,
+    staged: Path,
+    data: Any,
+    min_sqnr: float | None,
+    max_kl: float | None,
+) -> None:
     from qgraph import evaluate
 
     comparison = evaluate.compare(model, staged, data, rounds=0)
@@ -264,19 +324,49 @@ def _hold_floors(report: Report, model: files.Source, staged: Path, data: Any, m
         raise errors.AccuracyError(*problems)
 
 
-def floor_problems(comparison: Any, min_sqnr: float | None, max_kl: float | None) -> list[errors.Diagnostic]:
+def floor_problems(
+    comparison: Any, min_sqnr: float | None, max_kl: float | None
+) -> list[errors.Diagnostic]:
     """The floors that a comparison misses, as errors."""
     problems = []
     divergences = [(o.name, o.divergence) for o in comparison.outputs if o.divergence is not None]
     for output in comparison.outputs:
         if min_sqnr is not None and not output.sqnr_db >= min_sqnr:
-            problems.append(errors.Diagnostic("error", "QG701", f"output {output.name!r}", f"SQNR is {output.sqnr_db:.1f} dB, the floor is {min_sqnr:g} dB", "try --recipe int8-weights, or keep the worst weights float (see --report)"))
+            problems.append(
+                errors.Diagnostic(
+                    "error",
+                    "QG701",
+                    f"output {output.name!r}",
+                    f"SQNR is {output.sqnr_db:.1f} dB, the floor is {min_sqnr:g} dB",
+                    "try --recipe int8-weights, or keep the worst weights float (see --report)",
+                )
+            )
     for name, divergence in divergences:
-        mean = divergence.kl_mean.value if hasattr(divergence.kl_mean, "value") else float(divergence.kl_mean)
+        mean = (
+            divergence.kl_mean.value
+            if hasattr(divergence.kl_mean, "value")
+            else float(divergence.kl_mean)
+        )
         if max_kl is not None and not mean <= max_kl:
-            problems.append(errors.Diagnostic("error", "QG702", f"output {name!r}", f"KL divergence is {mean:.3g} nats, the ceiling is {max_kl:g}", "try --recipe int8-weights, or keep the worst weights float (see --report)"))
+            problems.append(
+                errors.Diagnostic(
+                    "error",
+                    "QG702",
+                    f"output {name!r}",
+                    f"KL divergence is {mean:.3g} nats, the ceiling is {max_kl:g}",
+                    "try --recipe int8-weights, or keep the worst weights float (see --report)",
+                )
+            )
     if max_kl is not None and not divergences:
-        problems.append(errors.Diagnostic("error", "QG703", "--max-kl", "no output looks like predictions over classes, so there is no KL divergence", "name it with --logits, or use --min-sqnr"))
+        problems.append(
+            errors.Diagnostic(
+                "error",
+                "QG703",
+                "--max-kl",
+                "no output looks like predictions over classes, so there is no KL divergence",
+                "name it with --logits, or use --min-sqnr",
+            )
+        )
     return problems
 
 
@@ -291,9 +381,8 @@ def _stamp(model: ir.Model, chosen: recipes.Recipe) -> None:
     """Law 7: the model says how it was made. Short, because small models must not grow."""
     import qgraph
 
-    model.metadata_props["qgraph"] = f"{qgraph.__version__} {chosen.name} {chosen.target} seed={chosen.seed}"
+    model.metadata_props["qgraph"] = (
+        f"{qgraph.__version__} {chosen.name} {chosen.target} seed={chosen.seed}"
+    )
     if chosen != recipes.PRESETS.get(chosen.name):
         model.metadata_props["qgraph.recipe"] = chosen.to_json()
-
-
-

@@ -22,8 +22,12 @@ from qgraph import errors, graph
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 
-EXTERNAL_OVER = 256 << 20  # larger models put their weights in a file beside the model, so that runtimes can map it
-INLINE_UNDER = 1024  # shape and scale constants stay in the model: ORT's shape inference reads them there
+EXTERNAL_OVER = (
+    256 << 20
+)  # larger models put their weights in a file beside the model, so that runtimes can map it
+INLINE_UNDER = (
+    1024  # shape and scale constants stay in the model: ORT's shape inference reads them there
+)
 ALIGNMENT = 4096
 MAX_IR_VERSION = 13
 
@@ -57,7 +61,11 @@ def load(source: Source) -> ir.Model:
 def _is_sorted(model: ir.Model) -> bool:
     seen: set[ir.Node] = set()
     for node in model.graph:
-        if any((p := v.producer()) is not None and p.graph is model.graph and p not in seen for v in node.inputs if v):
+        if any(
+            (p := v.producer()) is not None and p.graph is model.graph and p not in seen
+            for v in node.inputs
+            if v
+        ):
             return False
         seen.add(node)
     return True
@@ -74,17 +82,31 @@ def _zoo(name: str) -> ir.Model:
     try:
         return models.build(name)
     except ValueError as e:
-        raise errors.InputError(errors.Diagnostic("error", "QG101", f"zoo:{name}", str(e), "see: qgraph models")) from e
+        raise errors.InputError(
+            errors.Diagnostic("error", "QG101", f"zoo:{name}", str(e), "see: qgraph models")
+        ) from e
 
 
 def _read(path: Path) -> ir.Model:
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
-        near = errors.nearest(path.name, [p.name for p in path.parent.glob("*.onnx")]) if path.parent.is_dir() else ""
-        hint = f"in {path.parent}: {near}" if near.startswith("did") else "give the path of an .onnx file or zoo:NAME"
+        near = (
+            errors.nearest(path.name, [p.name for p in path.parent.glob("*.onnx")])
+            if path.parent.is_dir()
+            else ""
+        )
+        hint = (
+            f"in {path.parent}: {near}"
+            if near.startswith("did")
+            else "give the path of an .onnx file or zoo:NAME"
+        )
         raise errors.InputError(errors.Diagnostic("error", "QG101", str(path), what, hint))
     if not os.access(path, os.R_OK):
-        raise errors.InputError(errors.Diagnostic("error", "QG101", str(path), "cannot be read", "check its permissions"))
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG101", str(path), "cannot be read", "check its permissions"
+            )
+        )
     model = _deserialize(lambda: ir.load(path), str(path))
     _check_external(model, path)
     return model
@@ -93,20 +115,30 @@ def _read(path: Path) -> ir.Model:
 def _deserialize(read: Callable[[], ir.Model], where: str) -> ir.Model:
     try:
         model = read()
-    except Exception as e:  # protobuf, onnx_ir and the OS each raise their own kinds; all mean "cannot be read"
+    except (
+        Exception
+    ) as e:  # protobuf, onnx_ir and the OS each raise their own kinds; all mean "cannot be read"
         root: BaseException = e
         while root.__cause__ is not None:
             root = root.__cause__
         reason = (str(root).strip().splitlines() or [type(root).__name__])[0][:300]
         raise errors.InputError(
             errors.Diagnostic(
-                "error", "QG102", where, f"is not a readable ONNX model: {reason}", "is the file complete? export or copy it again"
+                "error",
+                "QG102",
+                where,
+                f"is not a readable ONNX model: {reason}",
+                "is the file complete? export or copy it again",
             )
         ) from e
     if not model.graph.outputs:
         raise errors.InputError(
             errors.Diagnostic(
-                "error", "QG102", where, "holds no graph with outputs, so it is not an ONNX model", "is the file complete?"
+                "error",
+                "QG102",
+                where,
+                "holds no graph with outputs, so it is not an ONNX model",
+                "is the file complete?",
             )
         )
     return model
@@ -116,7 +148,12 @@ def _check_external(model: ir.Model, path: Path) -> None:
     """Refuse external data that is missing, too short or outside the model's folder, before anything maps it."""
     folder = path.parent.resolve()
     tensors = [v.const_value for g in graph.graphs(model) for v in g.initializers.values()]
-    tensors += [a.as_tensor() for n in graph.nodes(model) for a in n.attributes.values() if a.type == ir.AttributeType.TENSOR and not a.is_ref()]
+    tensors += [
+        a.as_tensor()
+        for n in graph.nodes(model)
+        for a in n.attributes.values()
+        if a.type == ir.AttributeType.TENSOR and not a.is_ref()
+    ]
     sizes: dict[str, int] = {}
     for tensor in tensors:
         if not isinstance(tensor, ir.ExternalTensor):
@@ -125,20 +162,35 @@ def _check_external(model: ir.Model, path: Path) -> None:
         problem = hint = ""
         target = (folder / location).resolve()
         if os.path.isabs(location) or not target.is_relative_to(folder):
-            problem, hint = "points outside the model's folder; refused", "external data must lie beside the model"
+            problem, hint = (
+                "points outside the model's folder; refused",
+                "external data must lie beside the model",
+            )
         elif not target.is_file():
-            problem, hint = "does not exist", "copy the data file to the model's folder, under this name"
+            problem, hint = (
+                "does not exist",
+                "copy the data file to the model's folder, under this name",
+            )
         else:
             size = sizes.setdefault(location, target.stat().st_size)
             end = (tensor.offset or 0) + tensor.nbytes
             declared = tensor.length
             if end > size:
-                problem, hint = f"has {size} bytes, tensor {tensor.name!r} needs up to byte {end}", "the file is truncated: copy it again"
+                problem, hint = (
+                    f"has {size} bytes, tensor {tensor.name!r} needs up to byte {end}",
+                    "the file is truncated: copy it again",
+                )
             elif declared is not None and declared != tensor.nbytes:
-                problem = f"declares {declared} bytes for tensor {tensor.name!r} of {tensor.nbytes} bytes"
+                problem = (
+                    f"declares {declared} bytes for tensor {tensor.name!r} of {tensor.nbytes} bytes"
+                )
                 hint = "shape, type and length disagree: export the model again"
         if problem:
-            raise errors.InputError(errors.Diagnostic("error", "QG103", f"external data {location!r} of {path.name}", problem, hint))
+            raise errors.InputError(
+                errors.Diagnostic(
+                    "error", "QG103", f"external data {location!r} of {path.name}", problem, hint
+                )
+            )
 
 
 @contextlib.contextmanager
@@ -147,7 +199,13 @@ def _invalid_graph() -> Iterator[None]:
         yield
     except ValueError as e:
         raise errors.InputError(
-            errors.Diagnostic("error", "QG104", "", f"the graph is invalid: {e}", "onnx.checker.check_model tells more")
+            errors.Diagnostic(
+                "error",
+                "QG104",
+                "",
+                f"the graph is invalid: {e}",
+                "onnx.checker.check_model tells more",
+            )
         ) from e
 
 
@@ -162,11 +220,20 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     if target.is_dir():
         problem, hint = "is a directory", "give a file name, e.g. model.q.onnx"
     elif target.exists() and not force:
-        problem, hint = "exists already", "pass --force (force=True) to replace it, or give another name"
+        problem, hint = (
+            "exists already",
+            "pass --force (force=True) to replace it, or give another name",
+        )
     elif not target.parent.is_dir():
-        problem, hint = f"cannot be written: there is no folder {str(target.parent)!r}", "create the folder first"
+        problem, hint = (
+            f"cannot be written: there is no folder {str(target.parent)!r}",
+            "create the folder first",
+        )
     elif not os.access(target.parent, os.W_OK):
-        problem, hint = f"cannot be written: folder {str(target.parent)!r} is read-only", "choose another folder"
+        problem, hint = (
+            f"cannot be written: folder {str(target.parent)!r} is read-only",
+            "choose another folder",
+        )
     if problem:
         raise errors.InputError(errors.Diagnostic("error", "QG105", str(target), problem, hint))
     return target
@@ -219,7 +286,9 @@ def save(
             )
         else:
             # Tensors that were external must come inside, or the file would point at the old model's data.
-            (scratch / target.name).write_bytes(_embedded(model).SerializeToString(deterministic=True))
+            (scratch / target.name).write_bytes(
+                _embedded(model).SerializeToString(deterministic=True)
+            )
         # The data first: a model must never be visible without it.
         for name in (data_name, target.name):
             if (scratch / name).exists():
@@ -229,7 +298,13 @@ def save(
                 (target.parent / data_name).unlink()
     except OSError as e:
         raise errors.InputError(
-            errors.Diagnostic("error", "QG105", str(target), f"could not be written: {e.strerror or e}", "is the disk full?")
+            errors.Diagnostic(
+                "error",
+                "QG105",
+                str(target),
+                f"could not be written: {e.strerror or e}",
+                "is the disk full?",
+            )
         ) from e
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -246,7 +321,11 @@ def publish(staged: Path, path: str | os.PathLike[str], *, force: bool = False) 
             os.replace(data, beside)
         os.replace(staged, target)
     except OSError as e:
-        raise errors.InputError(errors.Diagnostic("error", "QG105", str(target), f"could not be written: {e.strerror or e}")) from e
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG105", str(target), f"could not be written: {e.strerror or e}"
+            )
+        ) from e
     return target
 
 
@@ -257,7 +336,10 @@ def _embedded(model: ir.Model) -> onnx.ModelProto:
         tensor = v.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         v.const_value = ir.LazyTensor(
-            lambda t=tensor: ir.tensor(t.numpy(), dtype=t.dtype, name=t.name), dtype=tensor.dtype, shape=tensor.shape, name=v.name
+            lambda t=tensor: ir.tensor(t.numpy(), dtype=t.dtype, name=t.name),
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            name=v.name,
         )
     try:
         proto = ir.to_proto(model)
@@ -276,7 +358,11 @@ def _drop_redundant_types(proto: onnx.GraphProto) -> None:
             del proto.value_info[index]
     for node in proto.node:
         for attribute in node.attribute:
-            for body in [attribute.g, *attribute.graphs] if attribute.HasField("g") or attribute.graphs else []:
+            for body in (
+                [attribute.g, *attribute.graphs]
+                if attribute.HasField("g") or attribute.graphs
+                else []
+            ):
                 _drop_redundant_types(body)
 
 
@@ -287,7 +373,9 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, as stored."""
-    return sum(v.const_value.nbytes for _, v in graph.initializers(model) if v.const_value is not None)
+    return sum(
+        v.const_value.nbytes for _, v in graph.initializers(model) if v.const_value is not None
+    )
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:
@@ -322,7 +410,9 @@ class Spool:
             self._file.seek(offset)
             self._file.write(data)
             self._file.flush()
-            return np.memmap(self._file, dtype=data.dtype, mode="r", offset=offset, shape=data.shape)
+            return np.memmap(
+                self._file, dtype=data.dtype, mode="r", offset=offset, shape=data.shape
+            )
         data = data.copy() if data.base is not None else data
         data.flags.writeable = False
         return data

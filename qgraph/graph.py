@@ -58,6 +58,18 @@ def owner(node: ir.Node) -> ir.Graph:
     return graph
 
 
+def ancestors(model: ir.Model) -> dict[ir.Graph, ir.Node]:
+    """For every body, the node of the main graph that holds it, directly or through other bodies."""
+    found: dict[ir.Graph, ir.Node] = {}
+    for top in model.graph:
+        todo = list(bodies(top))
+        while todo:
+            body = todo.pop()
+            found[body] = top
+            todo.extend(inner for node in body for inner in bodies(node))
+    return found
+
+
 class Names:
     """Fresh names for one model: `names("w.scale")` gives "w.scale", then "w.scale_1", ... never one in use."""
 
@@ -80,17 +92,28 @@ class Names:
         return name
 
 
-def value(name: str, dtype: ir.DataType | None = None, shape: ir.Shape | Sequence[Any] | None = None) -> ir.Value:
+def value(
+    name: str, dtype: ir.DataType | None = None, shape: ir.Shape | Sequence[Any] | None = None
+) -> ir.Value:
     """A new named value."""
     if shape is not None and not isinstance(shape, ir.Shape):
         shape = ir.Shape(list(shape))
-    return ir.Value(name=name, type=ir.TensorType(dtype) if dtype is not None else None, shape=shape)
+    return ir.Value(
+        name=name, type=ir.TensorType(dtype) if dtype is not None else None, shape=shape
+    )
 
 
-def add_initializer(graph: ir.Graph, name: str, data: npt.NDArray[Any] | ir.TensorProtocol) -> ir.Value:
+def add_initializer(
+    graph: ir.Graph, name: str, data: npt.NDArray[Any] | ir.TensorProtocol
+) -> ir.Value:
     """Register a constant under a fresh name (see `Names`) and return its value."""
     tensor = ir.tensor(data, name=name) if isinstance(data, np.ndarray) else data
-    made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    made = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape),
+        const_value=tensor,
+    )
     if name in graph.initializers:
         raise ValueError(f"initializer {name!r} exists already")
     graph.register_initializer(made)
@@ -121,7 +144,9 @@ def add_node(
     return made
 
 
-def replace_node(old: ir.Node, op: str, inputs: Sequence[ir.Value | None], **kwargs: Any) -> ir.Node:
+def replace_node(
+    old: ir.Node, op: str, inputs: Sequence[ir.Value | None], **kwargs: Any
+) -> ir.Node:
     """Put a new node in the place of `old`; it takes over `old`'s outputs, names and types included."""
     graph = owner(old)
     outputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in old.outputs]
@@ -157,7 +182,12 @@ def array(constant: ir.Value) -> npt.NDArray[Any]:
 
 def is_constant(v: ir.Value | None) -> bool:
     """True for an initializer that no caller can override (graph inputs with defaults are not constant)."""
-    return v is not None and v.is_initializer() and not v.is_graph_input() and v.const_value is not None
+    return (
+        v is not None
+        and v.is_initializer()
+        and not v.is_graph_input()
+        and v.const_value is not None
+    )
 
 
 def small_array(v: ir.Value | None, limit: int = 65536) -> npt.NDArray[Any] | None:
@@ -182,16 +212,27 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
     return default if found is None else found.value
 
 
-def lazy(fn: Callable[[], npt.NDArray[Any]], dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.LazyTensor:
+def lazy(
+    fn: Callable[[], npt.NDArray[Any]], dtype: ir.DataType, shape: Sequence[int], name: str
+) -> ir.LazyTensor:
     """A tensor that is computed when it is read, each time anew: it holds no memory between reads."""
-    return ir.LazyTensor(lambda: ir.tensor(fn(), dtype=dtype, name=name), dtype=dtype, shape=ir.Shape(list(shape)), name=name)
+    return ir.LazyTensor(
+        lambda: ir.tensor(fn(), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=ir.Shape(list(shape)),
+        name=name,
+    )
 
 
 def clone(model: ir.Model) -> ir.Model:
     """An independent copy that shares only the (immutable) tensor data."""
     copy = model.clone()
     for graph in graphs(copy):
-        values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]
+        values = [
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(v for n in graph for v in n.outputs),
+        ]
         for v in values:
             if isinstance(v.type, ir.TensorType):
                 v.type = ir.TensorType(v.type.dtype, denotation=v.type.denotation)
@@ -210,7 +251,9 @@ def sort_initializers(model: ir.Model) -> None:
             if v is not None and v.is_initializer():
                 order.setdefault(v, len(order))
     for graph in graphs(model):
-        held = sorted(graph.initializers.items(), key=lambda item: (order.get(item[1], len(order)), item[0]))
+        held = sorted(
+            graph.initializers.items(), key=lambda item: (order.get(item[1], len(order)), item[0])
+        )
         graph.initializers.clear()
         for _, v in held:
             graph.register_initializer(v)
@@ -257,8 +300,16 @@ def _remove_unused_functions(model: ir.Model) -> int:
 
 
 def _remove_unused_imports(model: ir.Model) -> int:
-    used = {n.domain for n in nodes(model)} | {n.domain for f in model.functions.values() for n in f.all_nodes()} | {""}
-    dead = [d for d in model.graph.opset_imports if d not in used and not (d == "ai.onnx" and "" in used)]
+    used = (
+        {n.domain for n in nodes(model)}
+        | {n.domain for f in model.functions.values() for n in f.all_nodes()}
+        | {""}
+    )
+    dead = [
+        d
+        for d in model.graph.opset_imports
+        if d not in used and not (d == "ai.onnx" and "" in used)
+    ]
     for domain in dead:
         del model.graph.opset_imports[domain]
     return len(dead)
@@ -300,5 +351,10 @@ def require_unique_names(model: ir.Model) -> None:
         for name, v in graph.initializers.items():
             if v.name != name:
                 raise errors.InputError(
-                    errors.Diagnostic("error", "QG104", name, f"initializer is registered as {name!r} but named {v.name!r}")
+                    errors.Diagnostic(
+                        "error",
+                        "QG104",
+                        name,
+                        f"initializer is registered as {name!r} but named {v.name!r}",
+                    )
                 )

@@ -12,7 +12,9 @@ import onnx_ir as ir
 from qgraph import errors, files, graph, verify
 from qgraph.pipeline import Context, Instrument, Keeps, Pass
 
-PROVE_UNDER = 1 << 29  # bytes of weights; running larger float models twice costs more than it proves
+PROVE_UNDER = (
+    1 << 29
+)  # bytes of weights; running larger float models twice costs more than it proves
 
 
 class Verifier(Instrument):
@@ -53,7 +55,9 @@ class EquivalenceChecker(Instrument):
     def _prepare(self, model: ir.Model) -> None:
         size = files.weight_bytes(model)
         if size > PROVE_UNDER:
-            self._give_up(f"the model has {size >> 20} MB of weights, more than {PROVE_UNDER >> 20} MB")
+            self._give_up(
+                f"the model has {size >> 20} MB of weights, more than {PROVE_UNDER >> 20} MB"
+            )
             return
         try:
             self._feeds = verify.sample_feeds(model)
@@ -79,4 +83,6 @@ class EquivalenceChecker(Instrument):
                     f"qgraph bisect narrows it down; --verify ends skips the proof",
                 )
             )
-        self.lines.append(f"{each.name}: proven {each.keeps.value} on {len(self._feeds)} samples, largest relative error {found.max_rel_error:.1e}")
+        self.lines.append(
+            f"{each.name}: proven {each.keeps.value} on {len(self._feeds)} samples, largest relative error {found.max_rel_error:.1e}"
+        )

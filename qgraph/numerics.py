@@ -72,7 +72,9 @@ def to_scale(scale: FloatArray, spec: QuantSpec) -> Floats:
     stored = scale.astype(spec.scale_dtype)
     lost = (stored == 0) & (scale != 0)
     if lost.any():
-        stored = np.where(lost, np.finfo(stored.dtype).tiny * np.sign(scale).astype(stored.dtype), stored)
+        stored = np.where(
+            lost, np.finfo(stored.dtype).tiny * np.sign(scale).astype(stored.dtype), stored
+        )
     return stored.astype(np.float32)
 
 

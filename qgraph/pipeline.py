@@ -72,7 +72,9 @@ class Context:
     threads: int = 1
     progress: Callable[[str, float], None] = lambda what, share: None
 
-    def report(self, severity: errors.Severity, code: str, where: str, message: str, hint: str = "") -> None:
+    def report(
+        self, severity: errors.Severity, code: str, where: str, message: str, hint: str = ""
+    ) -> None:
         """Add a finding to the report."""
         self.diagnostics.append(errors.Diagnostic(severity, code, where, message, hint))
 
@@ -116,15 +118,29 @@ class Pass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, self.run(model, ctx))
 
 
-def _option_errors(name: str, options: type[BaseModel], e: ValidationError) -> list[errors.Diagnostic]:
+def _option_errors(
+    name: str, options: type[BaseModel], e: ValidationError
+) -> list[errors.Diagnostic]:
     found = []
     for problem in e.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            found.append(errors.Diagnostic("error", "QG305", f"{name}.{key}", "is no option", errors.nearest(key, options.model_fields)))
+            found.append(
+                errors.Diagnostic(
+                    "error",
+                    "QG305",
+                    f"{name}.{key}",
+                    "is no option",
+                    errors.nearest(key, options.model_fields),
+                )
+            )
         else:
             text = f"{problem['msg']}, found {problem['input']!r}"
-            found.append(errors.Diagnostic("error", "QG305", f"{name}.{key}", text, f"see: qgraph passes {name}"))
+            found.append(
+                errors.Diagnostic(
+                    "error", "QG305", f"{name}.{key}", text, f"see: qgraph passes {name}"
+                )
+            )
     return found
 
 
@@ -142,7 +158,13 @@ class _Adopted(Pass):
         result = self.inner(model)
         if result.model is not model:
             raise errors.PipelineError(
-                errors.Diagnostic("error", "QG306", self.name, "returned another model", "wrap it with onnx_ir.passes.functionalize's in-place twin")
+                errors.Diagnostic(
+                    "error",
+                    "QG306",
+                    self.name,
+                    "returned another model",
+                    "wrap it with onnx_ir.passes.functionalize's in-place twin",
+                )
             )
         return bool(result.modified)
 
@@ -170,7 +192,9 @@ class Pipeline:
     """
 
     def __init__(
-        self, passes: Sequence[Pass | ir.passes.PassBase | str], options: dict[str, dict[str, Any]] | None = None
+        self,
+        passes: Sequence[Pass | ir.passes.PassBase | str],
+        options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         options = dict(options or {})
         self.passes: list[Pass] = []
@@ -183,7 +207,16 @@ class Pipeline:
         if options:
             names = [p.name for p in self.passes]
             raise errors.RecipeError(
-                *(errors.Diagnostic("error", "QG305", k, "options for a pass that is not in the pipeline", errors.nearest(k, names)) for k in options)
+                *(
+                    errors.Diagnostic(
+                        "error",
+                        "QG305",
+                        k,
+                        "options for a pass that is not in the pipeline",
+                        errors.nearest(k, names),
+                    )
+                    for k in options
+                )
             )
         self.check()
 
@@ -197,18 +230,30 @@ class Pipeline:
         broken_by: dict[Fact, str] = {}
         for index, each in enumerate(self.passes):
             for fact in sorted(each.needs - facts, key=lambda f: f.value):
-                givers = [n for n in registry.names("pass") if fact in registry.get("pass", n).gives]
-                cause = f"{broken_by[fact]} breaks it" if fact in broken_by else "nothing before it gives that"
+                givers = [
+                    n for n in registry.names("pass") if fact in registry.get("pass", n).gives
+                ]
+                cause = (
+                    f"{broken_by[fact]} breaks it"
+                    if fact in broken_by
+                    else "nothing before it gives that"
+                )
                 raise errors.PipelineError(
                     errors.Diagnostic(
-                        "error", "QG307", f"pass {index + 1} ({each.name})", f"needs {fact.value!r}, but {cause}", f"put {' or '.join(givers) or 'a pass that gives it'} before it"
+                        "error",
+                        "QG307",
+                        f"pass {index + 1} ({each.name})",
+                        f"needs {fact.value!r}, but {cause}",
+                        f"put {' or '.join(givers) or 'a pass that gives it'} before it",
                     )
                 )
             facts -= each.breaks
             broken_by.update(dict.fromkeys(each.breaks, each.name))
             facts |= each.gives
 
-    def run(self, model: ir.Model, ctx: Context, instruments: Sequence[Instrument] = ()) -> ir.Model:
+    def run(
+        self, model: ir.Model, ctx: Context, instruments: Sequence[Instrument] = ()
+    ) -> ir.Model:
         """Run all passes on `model`, in place.
 
         Raises:
@@ -241,7 +286,9 @@ class Timer(Instrument):
         self._started = time.perf_counter()
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
-        self.seconds[each.name] = self.seconds.get(each.name, 0.0) + time.perf_counter() - self._started
+        self.seconds[each.name] = (
+            self.seconds.get(each.name, 0.0) + time.perf_counter() - self._started
+        )
 
 
 class Printer(Instrument):

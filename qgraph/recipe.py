@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qgraph import errors
 from qgraph.spec import QuantSpec
 
-DEFAULT_PIPELINE = ("canonicalize", "assign-precision", "solve-weights", "insert-qdq", "fuse-qdq", "cleanup")
+DEFAULT_PIPELINE = (
+    "canonicalize",
+    "assign-precision",
+    "solve-weights",
+    "insert-qdq",
+    "fuse-qdq",
+    "cleanup",
+)
 FLOAT, AUTO = "float", "auto"
 
 
@@ -31,7 +38,7 @@ class Rule(_Strict):
     id: str = ""
     """Name of the rule: in reports, and for `--set ID.field=value`."""
     ops: tuple[str, ...] = ()
-    """Operator types: MatMul, Gemm, Conv, ConvTranspose, Gather, LSTM, GRU, RNN."""
+    """Operator types: MatMul, Gemm, Conv, ConvTranspose, Gather, Slice, LSTM, GRU, RNN."""
     names: tuple[str, ...] = ()
     """Globs over weight labels, initializer names and node names."""
     min_elements: int = 0
@@ -42,13 +49,25 @@ class Rule(_Strict):
     """How the operator's input is quantized: "float" or "int8" (at run time)."""
     solver: str = "rtn"
     """Name of the weight solver."""
+    tied: bool = False
+    """Only weights that are used in several ways, as a table and as a head."""
+    sensitive: str = ""
+    """Spec for the weights of this rule that hurt most (see qgraph.sensitivity)."""
+    sensitive_share: float = 0.0
+    """How much of the rule's elements may get the sensitive spec, 0..1."""
     reason: str = ""
     """What the report says."""
 
     @field_validator("ops", "names", "weights", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+        return (
+            (value,)
+            if isinstance(value, str)
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+        )
 
     @field_validator("weights")
     @classmethod
@@ -56,6 +75,13 @@ class Rule(_Strict):
         for text in value:
             if text not in (FLOAT, AUTO):
                 QuantSpec.parse(text)
+        return value
+
+    @field_validator("sensitive")
+    @classmethod
+    def _sensitive(cls, value: str) -> str:
+        if value:
+            QuantSpec.parse(value)
         return value
 
     @field_validator("activations")
@@ -100,7 +126,7 @@ class Recipe(_Strict):
 _KIND_OPS = {
     "linear": ("MatMul", "Gemm"),
     "conv": ("Conv", "ConvTranspose"),
-    "embedding": ("Gather",),
+    "embedding": ("Gather", "Slice"),
     "rnn": ("LSTM", "GRU", "RNN"),
 }
 
@@ -108,6 +134,10 @@ _KIND_OPS = {
 def _rule(kind: str, *weights: str, **fields: Any) -> Rule:
     return Rule(id=kind, ops=_KIND_OPS[kind], weights=weights, **fields)
 
+
+_TIED = Rule(
+    id="tied", ops=_KIND_OPS["embedding"], tied=True, weights=("int8.g32", "int8.ch", FLOAT)
+)
 
 _NO_DATA = "without calibration data its activations stay float, so it would be smaller but not faster; give --data"
 
@@ -128,9 +158,14 @@ PRESETS: dict[str, Recipe] = {
             name="int8-dynamic",
             summary="int8 weights per output channel, activations quantized at run time (MatMul, Gemm)",
             rules=(
+                _TIED,
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT),
                 _rule("linear", "int8.ch", FLOAT, activations="int8"),
-                _rule("conv", FLOAT, reason="dynamic int8 convolutions are slower than float on CPU; give --data for static int8"),
+                _rule(
+                    "conv",
+                    FLOAT,
+                    reason="dynamic int8 convolutions are slower than float on CPU; give --data for static int8",
+                ),
                 _rule("rnn", "int8.ch", FLOAT),
             ),
         ),
@@ -138,6 +173,7 @@ PRESETS: dict[str, Recipe] = {
             name="int8-weights",
             summary="int8 weights, float activations: a quarter of the size, nearly no error",
             rules=(
+                _TIED,
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT),
                 _rule("linear", "int8.g32", "int8.ch", FLOAT),
                 _rule("conv", "int8.ch", "int8.tensor", FLOAT),
@@ -146,10 +182,19 @@ PRESETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="int4",
-            summary="4-bit weights in groups of 32 with zero points; embeddings, heads tied to them and convolutions in int8",
+            summary="4-bit weights in groups of 32 with zero points; embeddings, convolutions and the most sensitive 9 % in int8",
             rules=(
-                _rule("embedding", "int8.g32", "int8.ch", FLOAT),
-                _rule("linear", "uint4.g32.asym", "int4.g32", "int8.ch", FLOAT),
+                _TIED,
+                _rule("embedding", "int8.ch", "int8.g32", FLOAT),
+                _rule(
+                    "linear",
+                    "uint4.g32.asym",
+                    "int4.g32",
+                    "int8.ch",
+                    FLOAT,
+                    sensitive="int8.g32",
+                    sensitive_share=0.09,
+                ),
                 _rule("conv", "int8.ch", "int8.tensor", FLOAT),
                 _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
             ),
@@ -158,8 +203,17 @@ PRESETS: dict[str, Recipe] = {
             name="int4-g128",
             summary="as int4, in groups of 128: 0.6 bits per weight less and faster kernels, somewhat more error",
             rules=(
-                _rule("embedding", "int8.g32", "int8.ch", FLOAT),
-                _rule("linear", "uint4.g128.asym", "int4.g128", "int8.ch", FLOAT),
+                _TIED,
+                _rule("embedding", "int8.ch", "int8.g32", FLOAT),
+                _rule(
+                    "linear",
+                    "uint4.g128.asym",
+                    "int4.g128",
+                    "int8.ch",
+                    FLOAT,
+                    sensitive="int8.g128",
+                    sensitive_share=0.09,
+                ),
                 _rule("conv", "int8.ch", "int8.tensor", FLOAT),
                 _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
             ),
@@ -168,7 +222,9 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def load(source: str | os.PathLike[str] | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    source: str | os.PathLike[str] | dict[str, Any] | Recipe, overrides: Sequence[str] = ()
+) -> Recipe:
     """A recipe from a preset's name, a .toml or .json file, a dict or a Recipe, with `key=value` overrides applied.
 
     Raises:
@@ -196,7 +252,15 @@ def _named(source: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else _toml(text)
     except (OSError, ValueError) as e:
-        raise errors.RecipeError(errors.Diagnostic("error", "QG308", source, f"cannot be read as a recipe: {e}", "see docs/guide.md for the format")) from e
+        raise errors.RecipeError(
+            errors.Diagnostic(
+                "error",
+                "QG308",
+                source,
+                f"cannot be read as a recipe: {e}",
+                "see docs/guide.md for the format",
+            )
+        ) from e
     data.setdefault("name", path.stem)
     return _extend(data, source)
 
@@ -214,7 +278,15 @@ def _extend(data: dict[str, Any], where: str) -> dict[str, Any]:
     if base is None:
         return data
     if base not in PRESETS:
-        raise errors.RecipeError(errors.Diagnostic("error", "QG303", f"{where}: extends = {base!r}", "is no recipe", errors.nearest(str(base), PRESETS)))
+        raise errors.RecipeError(
+            errors.Diagnostic(
+                "error",
+                "QG303",
+                f"{where}: extends = {base!r}",
+                "is no recipe",
+                errors.nearest(str(base), PRESETS),
+            )
+        )
     merged = PRESETS[base].model_dump()
     rules = [*data.pop("rules", ()), *merged["rules"]]
     for key in ("options", "solvers"):
@@ -227,7 +299,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     """`seed=1`, `linear.weights=int4.g64`, `options.canonicalize.fold_batch_norm=false`, `rtn.steps=8`."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise errors.RecipeError(errors.Diagnostic("error", "QG305", f"--set {override}", "has no value", "write --set key=value"))
+        raise errors.RecipeError(
+            errors.Diagnostic(
+                "error", "QG305", f"--set {override}", "has no value", "write --set key=value"
+            )
+        )
     value = _parse(text)
     parts = key.split(".")
     rules = [dict(r) for r in data.get("rules", ())]
@@ -247,8 +323,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data[parts[0]] = section
         return
     ids = [f"{r['id']}.{f}" for r in rules if r.get("id") for f in Rule.model_fields]
-    hint = errors.nearest(key, [*Recipe.model_fields, *ids]) + "; passes: options.PASS.KEY, solvers: solvers.SOLVER.KEY"
-    raise errors.RecipeError(errors.Diagnostic("error", "QG305", f"--set {key}", "is no key of the recipe", hint))
+    hint = (
+        errors.nearest(key, [*Recipe.model_fields, *ids])
+        + "; passes: options.PASS.KEY, solvers: solvers.SOLVER.KEY"
+    )
+    raise errors.RecipeError(
+        errors.Diagnostic("error", "QG305", f"--set {key}", "is no key of the recipe", hint)
+    )
 
 
 def _parse(text: str) -> Any:
@@ -269,7 +350,23 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
             if problem["type"] == "extra_forbidden":
                 last = str(problem["loc"][-1])
                 known = Rule.model_fields if problem["loc"][0] == "rules" else Recipe.model_fields
-                found.append(errors.Diagnostic("error", "QG305", f"{where}: {path}", "is no key of a recipe", errors.nearest(last, known)))
+                found.append(
+                    errors.Diagnostic(
+                        "error",
+                        "QG305",
+                        f"{where}: {path}",
+                        "is no key of a recipe",
+                        errors.nearest(last, known),
+                    )
+                )
             else:
-                found.append(errors.Diagnostic("error", "QG305", f"{where}: {path}", f"{problem['msg']}, found {problem['input']!r}", "see docs/guide.md for the format"))
+                found.append(
+                    errors.Diagnostic(
+                        "error",
+                        "QG305",
+                        f"{where}: {path}",
+                        f"{problem['msg']}, found {problem['input']!r}",
+                        "see docs/guide.md for the format",
+                    )
+                )
         raise errors.RecipeError(*found) from e

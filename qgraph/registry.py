@@ -46,13 +46,23 @@ def _add(thing: Any, *, replace: bool) -> Any:
     name = getattr(thing, "name", "")
     if not name:
         raise errors.RecipeError(
-            errors.Diagnostic("error", "QG301", repr(thing), f"a {kind} needs a name", 'set the class attribute name = "my-name"')
+            errors.Diagnostic(
+                "error",
+                "QG301",
+                repr(thing),
+                f"a {kind} needs a name",
+                'set the class attribute name = "my-name"',
+            )
         )
     other = _known[kind].get(name)
     if other is not None and not replace and _origin(other) != _origin(thing):
         raise errors.RecipeError(
             errors.Diagnostic(
-                "error", "QG301", name, f"there is a {kind} of that name in {_origin(other)}", "choose another name, or register(replace=True)"
+                "error",
+                "QG301",
+                name,
+                f"there is a {kind} of that name in {_origin(other)}",
+                "choose another name, or register(replace=True)",
             )
         )
     _known[kind][name] = thing
@@ -73,7 +83,11 @@ def kind_of(thing: Any) -> Kind:
         return "solver"
     raise errors.RecipeError(
         errors.Diagnostic(
-            "error", "QG301", repr(thing), "is neither a Pass class, nor a Solver class, nor a Target", "derive from qgraph.Pass or qgraph.Solver"
+            "error",
+            "QG301",
+            repr(thing),
+            "is neither a Pass class, nor a Solver class, nor a Target",
+            "derive from qgraph.Pass or qgraph.Solver",
         )
     )
 
@@ -100,20 +114,34 @@ def get(kind: Kind, name: str) -> Any:
         return found
     if ":" in name:
         return _import(kind, name)
-    raise errors.RecipeError(errors.Diagnostic("error", "QG303", name, f"is no {kind}", errors.nearest(name, _known[kind])))
+    raise errors.RecipeError(
+        errors.Diagnostic(
+            "error", "QG303", name, f"is no {kind}", errors.nearest(name, _known[kind])
+        )
+    )
 
 
 def _import(kind: Kind, reference: str) -> Any:
     where, _, attribute = reference.rpartition(":")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = (
+            _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        )
         found = getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as e:
         raise errors.RecipeError(
-            errors.Diagnostic("error", "QG303", reference, f"cannot be imported: {e}", f"write FILE.py:CLASS or MODULE:CLASS of a {kind}")
+            errors.Diagnostic(
+                "error",
+                "QG303",
+                reference,
+                f"cannot be imported: {e}",
+                f"write FILE.py:CLASS or MODULE:CLASS of a {kind}",
+            )
         ) from e
     if kind_of(found) != kind:
-        raise errors.RecipeError(errors.Diagnostic("error", "QG303", reference, f"is a {kind_of(found)}, not a {kind}"))
+        raise errors.RecipeError(
+            errors.Diagnostic("error", "QG303", reference, f"is a {kind_of(found)}, not a {kind}")
+        )
     return found
 
 
@@ -143,5 +171,11 @@ def _scan() -> None:
             entry.load()
         except Exception as e:
             raise errors.RecipeError(
-                errors.Diagnostic("error", "QG304", entry.value, f"plugin {entry.name!r} does not import: {e}", "repair or uninstall it")
+                errors.Diagnostic(
+                    "error",
+                    "QG304",
+                    entry.value,
+                    f"plugin {entry.name!r} does not import: {e}",
+                    "repair or uninstall it",
+                )
             ) from e

@@ -90,7 +90,11 @@ class Report:
         if total == 0:
             return "no quantizable weights in this model"
         ratio = self.output_bytes / self.float_bytes if self.float_bytes else 1.0
-        size = f"{megabytes(self.float_bytes)} → {megabytes(self.output_bytes)} ({ratio:.2f}x)" if self.output_bytes else ""
+        size = (
+            f"{megabytes(self.float_bytes)} → {megabytes(self.output_bytes)} ({ratio:.2f}x)"
+            if self.output_bytes
+            else ""
+        )
         return f"{done} of {total} weights quantized; {size}".rstrip("; ")
 
     def stayed_float(self) -> list[tuple[str, str, int, int]]:
@@ -101,7 +105,10 @@ class Report:
             if not e.spec:
                 counts[e.code, e.reason] += 1
                 sizes[e.code, e.reason] += e.float_bytes
-        return sorted(((c, r, counts[c, r], sizes[c, r]) for c, r in counts), key=lambda row: (-row[3], row[0], row[1]))
+        return sorted(
+            ((c, r, counts[c, r], sizes[c, r]) for c, r in counts),
+            key=lambda row: (-row[3], row[0], row[1]),
+        )
 
     def groups(self) -> list[tuple[str, str, str, int, int, int, float]]:
         """(operators, spec, what runs, weights, bytes before, bytes after, worst SQNR) of what was quantized."""
@@ -110,26 +117,59 @@ class Report:
             runs = ", ".join(dict.fromkeys(e.runs or e.forms))
             found.setdefault(("/".join(e.operators), e.spec, runs), []).append(e)
         return [
-            (*key, len(es), sum(e.float_bytes for e in es), sum(e.stored_bytes for e in es), min((e.sqnr_db for e in es if e.sqnr_db is not None), default=math.nan))
+            (
+                *key,
+                len(es),
+                sum(e.float_bytes for e in es),
+                sum(e.stored_bytes for e in es),
+                min((e.sqnr_db for e in es if e.sqnr_db is not None), default=math.nan),
+            )
             for key, es in found.items()
         ]
 
     def to_markdown(self) -> str:
         """The report as Markdown, with the whole ledger."""
         lines = [f"# qgraph report: {self.source}", "", f"**{self.headline()}**", ""]
-        lines += [f"- output: `{self.output}`", f"- recipe: `{self.recipe}`, target: `{self.target}`"]
+        lines += [
+            f"- output: `{self.output}`",
+            f"- recipe: `{self.recipe}`, target: `{self.target}`",
+        ]
         lines += [f"- {k}: {v}" for k, v in self.versions.items()]
-        lines += ["", "## What happened", "", *(f"- {note}" for note in [*self.notes, *self.checks])]
-        lines += [f"- {d.severity} {d.code} {d.where}: {d.message}" + (f" ({d.hint})" if d.hint else "") for d in self.diagnostics]
-        lines += ["", "## Ledger", "", "| weight | operators | shape | spec | bytes | SQNR dB | runs | why |", "|---|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "## What happened",
+            "",
+            *(f"- {note}" for note in [*self.notes, *self.checks]),
+        ]
+        lines += [
+            f"- {d.severity} {d.code} {d.where}: {d.message}" + (f" ({d.hint})" if d.hint else "")
+            for d in self.diagnostics
+        ]
+        lines += [
+            "",
+            "## Ledger",
+            "",
+            "| weight | operators | shape | spec | bytes | SQNR dB | runs | why |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for e in self.ledger:
             operators = ", ".join(f"{k} x{v}" if v > 1 else k for k, v in e.operators.items())
             size = f"{e.float_bytes} → {e.stored_bytes}" if e.spec else f"{e.float_bytes}"
             sqnr = "" if e.sqnr_db is None else f"{e.sqnr_db:.1f}"
             why = f"{e.code} {e.reason}".strip()
             shape = "x".join(map(str, e.shape))
-            lines.append(f"| {e.label} | {operators} | {shape} | {e.spec or 'float'} | {size} | {sqnr} | {', '.join(dict.fromkeys(e.runs or e.forms))} | {why} |")
-        lines += ["", "## Recipe to reproduce", "", "```json", json.dumps(self.resolved_recipe, indent=1), "```", ""]
+            lines.append(
+                f"| {e.label} | {operators} | {shape} | {e.spec or 'float'} | {size} | {sqnr} | {', '.join(dict.fromkeys(e.runs or e.forms))} | {why} |"
+            )
+        lines += [
+            "",
+            "## Recipe to reproduce",
+            "",
+            "```json",
+            json.dumps(self.resolved_recipe, indent=1),
+            "```",
+            "",
+        ]
         return "\n".join(lines)
 
 

@@ -43,7 +43,11 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(
-        self, w: npt.NDArray[np.floating[Any]], spec: QuantSpec, stats: WeightStats | None, rng: np.random.Generator
+        self,
+        w: npt.NDArray[np.floating[Any]],
+        spec: QuantSpec,
+        stats: WeightStats | None,
+        rng: np.random.Generator,
     ) -> QTensor:
         """Quantize a matrix.
 

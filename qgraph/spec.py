@@ -65,7 +65,9 @@ def _integers() -> dict[str, QType]:
 
 QTYPES: dict[str, QType] = _integers()
 
-_FORM = re.compile(r"(?P<type>[a-z0-9]+)(?:\.(?P<grain>tensor|ch|g(?P<group>\d+)))?(?:\.(?P<sym>sym|asym))?(?:\.(?P<scale>f16|f32))?")
+_FORM = re.compile(
+    r"(?P<type>[a-z0-9]+)(?:\.(?P<grain>tensor|ch|g(?P<group>\d+)))?(?:\.(?P<sym>sym|asym))?(?:\.(?P<scale>f16|f32))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,18 @@ class QuantSpec:
         if match["group"] is not None and group < 2:
             raise errors.RecipeError(
                 errors.Diagnostic(
-                    "error", "QG302", repr(text), f"has group size {group}", "use at least 2, or .ch for per channel"
+                    "error",
+                    "QG302",
+                    repr(text),
+                    f"has group size {group}",
+                    "use at least 2, or .ch for per channel",
                 )
             )
         block = (0, 0) if match["grain"] == "tensor" else (1, group)
         symmetric = qtype.is_signed if match["sym"] is None else match["sym"] == "sym"
-        return QuantSpec(qtype, block, symmetric, "float16" if match["scale"] == "f16" else "float32")
+        return QuantSpec(
+            qtype, block, symmetric, "float16" if match["scale"] == "f16" else "float32"
+        )
 
     @property
     def group(self) -> int:
@@ -189,7 +197,9 @@ class QTensor:
         half = 2 ** (spec.qtype.bits - 1)
 
         def shift(codes: Codes) -> Codes:
-            return (codes.astype(np.int16) + (-half if signed else half)).astype(spec.qtype.container)
+            return (codes.astype(np.int16) + (-half if signed else half)).astype(
+                spec.qtype.container
+            )
 
         zero_point = None if self.zero_point is None else shift(self.zero_point)
         return replace(self, spec=spec, codes=shift(self.codes), zero_point=zero_point)
@@ -198,16 +208,30 @@ class QTensor:
         """Raise ValueError where shapes, types or code ranges do not fit the spec."""
         qtype = self.spec.qtype
         if self.codes.ndim != 2 or self.codes.dtype != qtype.container:
-            raise ValueError(f"codes are {self.codes.dtype}{list(self.codes.shape)}, want {qtype.container.__name__}[N, K]")
+            raise ValueError(
+                f"codes are {self.codes.dtype}{list(self.codes.shape)}, want {qtype.container.__name__}[N, K]"
+            )
         want = self.spec.scale_shape(*self.shape)
         if self.scale.shape != want or self.scale.dtype != np.float32:
-            raise ValueError(f"scale is {self.scale.dtype}{list(self.scale.shape)}, want float32{list(want)}")
-        if self.zero_point is not None and (self.zero_point.shape != want or self.zero_point.dtype != self.codes.dtype):
-            raise ValueError(f"zero_point is {self.zero_point.dtype}{list(self.zero_point.shape)}, want {self.codes.dtype}{list(want)}")
+            raise ValueError(
+                f"scale is {self.scale.dtype}{list(self.scale.shape)}, want float32{list(want)}"
+            )
+        if self.zero_point is not None and (
+            self.zero_point.shape != want or self.zero_point.dtype != self.codes.dtype
+        ):
+            raise ValueError(
+                f"zero_point is {self.zero_point.dtype}{list(self.zero_point.shape)}, want {self.codes.dtype}{list(want)}"
+            )
         if self.zero_point is None and not self.spec.symmetric:
             raise ValueError(f"{self.spec} is asymmetric but there is no zero_point")
         for name, array in (("codes", self.codes), ("zero_point", self.zero_point)):
-            if array is not None and array.size and (array.min() < qtype.qmin or array.max() > qtype.qmax):
-                raise ValueError(f"{name} span {array.min()}..{array.max()}, {qtype.name} holds {qtype.qmin}..{qtype.qmax}")
+            if (
+                array is not None
+                and array.size
+                and (array.min() < qtype.qmin or array.max() > qtype.qmax)
+            ):
+                raise ValueError(
+                    f"{name} span {array.min()}..{array.max()}, {qtype.name} holds {qtype.qmin}..{qtype.qmax}"
+                )
         if not np.isfinite(self.scale).all():
             raise ValueError("scale has NaN or Inf")

@@ -58,7 +58,9 @@ class Form(ABC):
         """The lowest version of the default operator set that the form needs."""
 
     @abstractmethod
-    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+    def write(
+        self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
+    ) -> ir.Node:
         """Replace the use in the graph; returns the node that now computes the operator's output."""
 
 
@@ -77,7 +79,8 @@ class Target:
     Attributes:
         name: as in `--target NAME`.
         summary: one line for `qgraph targets`.
-        forms: for each kind of use ("matmul", "gemm", "conv", "conv_transpose", "gather", "rnn") the forms that the
+        forms: for each kind of use ("matmul", "gemm", "conv", "conv_transpose", "gather",
+            "slice", "rnn") the forms that the
             target takes, best first.
         max_opset: highest default-domain opset that the oldest supported version of the runtime loads.
         auto: specs that the recipe `auto` tries per kind, best first, with the reason that the report prints.
@@ -101,13 +104,19 @@ class Target:
             reason = form.refuses(request)
             needed = 0 if reason else form.opset(request)
             if not reason and needed > min(self.max_opset, reachable_opset):
-                limit = f"target {self.name} stays at {self.max_opset}" if needed > self.max_opset else f"this model can be raised to {reachable_opset} only"
+                limit = (
+                    f"target {self.name} stays at {self.max_opset}"
+                    if needed > self.max_opset
+                    else f"this model can be raised to {reachable_opset} only"
+                )
                 reason = f"needs opset {needed}, {limit}"
             if not reason:
                 return Support(form)
             reasons.append(f"{form.name}: {reason}")
         if not reasons:
-            return Support(None, f"target {self.name} has no quantized form for {request.use.node.op_type}")
+            return Support(
+                None, f"target {self.name} has no quantized form for {request.use.node.op_type}"
+            )
         return Support(None, "; ".join(reasons))
 
     def form(self, name: str) -> Form:
@@ -122,17 +131,44 @@ class Writer:
         self.model = model
         self.names = graph.Names(model)
         self._spool = spool
+        self._ancestors = graph.ancestors(model)
         self._shared: dict[tuple[Any, ...], ir.Value] = {}
 
-    def constant(self, key: tuple[Any, ...], name: str, make: Callable[[], np.ndarray[Any, Any] | ir.TensorProtocol]) -> ir.Value:
+    def place(self, weight: Weight, use: Use) -> tuple[ir.Graph, ir.Node]:
+        """Where a DequantizeLinear for this use goes: the graph that holds its constants, and the node it precedes.
+
+        ONNX Runtime does not load a DequantizeLinear in a body whose codes lie outside. So both go into the body
+        where no other graph uses the weight, and otherwise both go outside, before the node that holds the body.
+        """
+        body = graph.owner(use.node)
+        if body is self.model.graph or all(u.node.graph is body for u in weight.uses):
+            return body, use.node
+        return self.model.graph, self._ancestors[body]
+
+    def constant(
+        self,
+        key: tuple[Any, ...],
+        name: str,
+        make: Callable[[], np.ndarray[Any, Any] | ir.TensorProtocol],
+        home: ir.Graph | None = None,
+    ) -> ir.Value:
         """The initializer for `key` (weight name and storage form), made on first use and shared afterwards."""
         if key not in self._shared:
             data = make()
             tensor = data if not isinstance(data, np.ndarray) else ir.tensor(self._spool.keep(data))
-            self._shared[key] = graph.add_initializer(self.model.graph, self.names(name), tensor)
+            self._shared[key] = graph.add_initializer(
+                home or self.model.graph, self.names(name), tensor
+            )
         return self._shared[key]
 
-    def packed(self, key: tuple[Any, ...], name: str, codes: Callable[[], np.ndarray[Any, Any]], dtype: ir.DataType) -> ir.Value:
+    def packed(
+        self,
+        key: tuple[Any, ...],
+        name: str,
+        codes: Callable[[], np.ndarray[Any, Any]],
+        dtype: ir.DataType,
+        home: ir.Graph | None = None,
+    ) -> ir.Value:
         """An initializer of an ONNX sub-byte (or 8-bit) type from one code per byte."""
         from qgraph import numerics
 
@@ -143,7 +179,7 @@ class Writer:
             data = self._spool.keep(numerics.pack(unpacked, dtype.bitwidth))
             return ir.PackedTensor(data, dtype, shape=ir.Shape(unpacked.shape))
 
-        return self.constant(key, name, make)
+        return self.constant(key, name, make, home)
 
     def memo(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """A computed value that several uses share (a quantized activation), made on first use."""

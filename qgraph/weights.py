@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,20 @@ from qgraph import graph
 from qgraph.spec import QuantSpec
 
 _ANONYMOUS = re.compile(r"(val|onnx::\w+|_v|t)_?\d+$")
+_VIEWS = frozenset(
+    {
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Cast",
+        "Identity",
+        "Transpose",
+        "Expand",
+        "Gather",
+        "Slice",
+    }
+)
+_SENTINEL = 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +59,9 @@ class Matrix:
         sizes = [tensor[p] for p in self.perm]
         return np.ascontiguousarray(matrix.reshape(sizes).transpose(np.argsort(self.perm)))
 
-    def onnx_form(self, spec: QuantSpec, tensor: Sequence[int]) -> tuple[int | None, int, tuple[int, ...]] | str:
+    def onnx_form(
+        self, spec: QuantSpec, tensor: Sequence[int]
+    ) -> tuple[int | None, int, tuple[int, ...]] | str:
         """(axis, block_size, scale shape) as DequantizeLinear wants them, or the reason why there is none.
 
         axis is None per tensor; block_size is 0 where the form is not blocked.
@@ -54,8 +70,9 @@ class Matrix:
             return None, 0, ()
         k_axes = self.perm[self.rows :]
         wide = [a for a in k_axes if tensor[a] != 1]
-        if spec.group == 0 and self.rows == 1:
-            return self.perm[0], 0, (tensor[self.perm[0]],)
+        n_axes = [a for a in self.perm[: self.rows] if tensor[a] != 1] or [self.perm[0]]
+        if spec.group == 0 and len(n_axes) == 1:
+            return n_axes[0], 0, (tensor[n_axes[0]],)
         if len(wide) > 1:
             return f"groups of {spec.group} would run over {len(wide)} axes of a {list(tensor)} tensor; ONNX blocks one axis"
         axis = wide[0] if wide else k_axes[-1]
@@ -70,10 +87,11 @@ class Use:
     Attributes:
         node: the operator.
         index: which input of it.
-        kind: "matmul", "gemm", "conv", "conv_transpose", "gather", "rnn".
+        kind: "matmul", "gemm", "conv", "conv_transpose", "gather", "slice", "rnn".
         matrix: how the *weight tensor* (before any Transpose) lies as [N, K] for this use.
         through: the Transpose between weight and node, if any.
         reason: why this use cannot be quantized, or "".
+        in_body: the node stands in a body (If, Loop, Scan), not in the main graph.
     """
 
     node: ir.Node
@@ -82,6 +100,7 @@ class Use:
     matrix: Matrix
     through: ir.Node | None = None
     reason: str = ""
+    in_body: bool = False
 
 
 @dataclass(slots=True)
@@ -156,13 +175,17 @@ def find(model: ir.Model) -> list[Weight]:
             use = _use(node, index, source, through)
             if use is None:
                 continue
+            if node.graph is not model.graph:
+                use = replace(use, in_body=True)
             weight = found.setdefault(source, Weight(source, _label(source, node)))
             weight.uses.append(use)
     for weight in found.values():
         ours = {u.node for u in weight.uses}
         readers = [n for n, _ in weight.value.uses()]
         turned = {u.through for u in weight.uses if u.through is not None}
-        readers = [n for n in readers if n not in turned] + [n for t in turned for n, _ in t.outputs[0].uses()]
+        readers = [n for n in readers if n not in turned] + [
+            n for t in turned for n, _ in t.outputs[0].uses()
+        ]
         weight.others = [n for n in dict.fromkeys(readers) if n not in ours]
     _make_unique(found.values())
     return list(found.values())
@@ -172,9 +195,19 @@ def _source(v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
     """The stored float tensor behind a node input, and the Transpose in between if there is one."""
     through = None
     producer = v.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.domain == "" and producer.inputs[0] is not None:
+    if (
+        producer is not None
+        and producer.op_type == "Transpose"
+        and producer.domain == ""
+        and producer.inputs[0] is not None
+    ):
         through, v = producer, producer.inputs[0]
-    if not v.is_initializer() or v.const_value is None or v.const_value.dtype not in graph.FLOATS or len(v.const_value.shape) < 2:
+    if (
+        not v.is_initializer()
+        or v.const_value is None
+        or v.const_value.dtype not in graph.FLOATS
+        or len(v.const_value.shape) < 2
+    ):
         return None, None
     return v, through
 
@@ -193,7 +226,11 @@ def _use(node: ir.Node, index: int, source: ir.Value, through: ir.Node | None) -
         # The node sees source.transpose(order): its dimension d is the source's dimension order[d].
         order = graph.attribute(through, "perm", list(reversed(range(rank))))
         answer = Matrix(tuple(int(order[p]) for p in answer.perm), answer.rows)
-    reason = "it is a graph input with a default, so a caller may override it" if source.is_graph_input() else ""
+    reason = (
+        "it is a graph input with a default, so a caller may override it"
+        if source.is_graph_input()
+        else ""
+    )
     return Use(node, index, kind, answer, through, reason)
 
 
@@ -228,6 +265,31 @@ def _gather(node: ir.Node, rank: int) -> Matrix | str:
     return Matrix(tuple(range(rank)), rank - 1)
 
 
+def _slice(node: ir.Node, rank: int) -> Matrix | str:
+    """A table whose first rows are cut off, as learned positions are; axes must be the first one only."""
+    axes = (
+        graph.small_array(node.inputs[3])
+        if len(node.inputs) > 3 and node.inputs[3] is not None
+        else graph.attribute(node, "axes", None)
+    )
+    if axes is None or [int(a) % rank for a in np.asarray(axes).reshape(-1)] != [0]:
+        return "a Slice along other axes than rows"
+    table = graph.array(node.inputs[0]) if graph.is_constant(node.inputs[0]) else None  # type: ignore[arg-type]
+    if table is None or not np.isfinite(table).all() or np.abs(table).max(initial=0) >= _SENTINEL:
+        return "it holds a sentinel such as -1e9 or -inf: a mask, not a table of positions"
+    if any(reader.op_type == "Mul" for reader in _readers(node.outputs[0])):
+        return "its rows are factors (rotary embedding); their error would grow with every token"
+    return Matrix(tuple(range(rank)), rank - 1)
+
+
+def _readers(v: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, looking through reshapes."""
+    found: list[ir.Node] = []
+    for node, _ in v.uses():
+        found += _readers(node.outputs[0]) if node.op_type in _VIEWS else [node]
+    return found
+
+
 def _rnn(node: ir.Node, rank: int) -> Matrix | str:
     return Matrix((0, 1, 2), 2)
 
@@ -239,6 +301,7 @@ LAYOUTS: dict[tuple[str, str, int], Any] = {
     ("", "Conv", 1): ("conv", _conv),
     ("", "ConvTranspose", 1): ("conv_transpose", _conv_transpose),
     ("", "Gather", 0): ("gather", _gather),
+    ("", "Slice", 0): ("slice", _slice),
     **{("", op, index): ("rnn", _rnn) for op in ("LSTM", "GRU", "RNN") for index in (1, 2)},
 }
 

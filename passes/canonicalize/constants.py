@@ -23,7 +23,9 @@ Array = npt.NDArray[Any]
 def lift(model: ir.Model) -> bool:
     """Turn float Constant nodes and float initializers of bodies into initializers of the main graph."""
     names = graph.Names(model)
-    lifted: dict[int, ir.Value] = {}  # by tensor: an inlined function called twice holds one tensor twice
+    lifted: dict[
+        int, ir.Value
+    ] = {}  # by tensor: an inlined function called twice holds one tensor twice
     changed = False
 
     def adopt(tensor: ir.TensorProtocol, name: str) -> ir.Value:
@@ -45,7 +47,12 @@ def lift(model: ir.Model) -> bool:
             continue
         for v in list(each.initializers.values()):
             tensor = v.const_value
-            if tensor is None or tensor.dtype not in graph.FLOATS or v.is_graph_output() or v.is_graph_input():
+            if (
+                tensor is None
+                or tensor.dtype not in graph.FLOATS
+                or v.is_graph_output()
+                or v.is_graph_input()
+            ):
                 continue
             graph.replace_uses(v, adopt(tensor, str(v.name)))
             del each.initializers[str(v.name)]
@@ -61,10 +68,12 @@ def merge_equal(model: ir.Model) -> bool:
         for node in list(each):
             if node.op_type not in _FOLDABLE or node.domain != "" or len(node.outputs) != 1:
                 continue
-            if not all(graph.is_constant(v) for v in node.inputs) or node.outputs[0].is_graph_output():
+            if (
+                not all(graph.is_constant(v) for v in node.inputs)
+                or node.outputs[0].is_graph_output()
+            ):
                 continue
-            key = (node.op_type, tuple(id(v) for v in node.inputs), tuple(sorted((k, str(a.value)) for k, a in node.attributes.items())))
-            first = seen.setdefault(key, node)
+            first = seen.setdefault(_key(node), node)
             if first is not node:
                 graph.replace_uses(node.outputs[0], first.outputs[0])
                 each.remove(node, safe=True)
@@ -75,6 +84,7 @@ def merge_equal(model: ir.Model) -> bool:
 def fold(model: ir.Model) -> bool:
     """Replace constant arithmetic in front of weights by one initializer that is computed when it is read."""
     names = graph.Names(model)
+    made_of: dict[Any, ir.Value] = {}  # two bodies that compute the same constant share one
     changed = False
     for each in graph.graphs(model):
         for node in list(each):
@@ -82,20 +92,59 @@ def fold(model: ir.Model) -> bool:
                 continue
             if node.op_type == "Transpose" and _feeds_only_weight_slots(node.outputs[0]):
                 continue
-            made = graph.add_initializer(model.graph, names(str(node.outputs[0].name) + ".folded"), _evaluate_later(node))
-            graph.replace_uses(node.outputs[0], made)
+            key = _key(node)
+            if key not in made_of:
+                made_of[key] = graph.add_initializer(
+                    model.graph, names(_largest(node) + ".folded"), _evaluate_later(node)
+                )
+            graph.replace_uses(node.outputs[0], made_of[key])
             each.remove(node, safe=True)
             changed = True
     return changed
 
 
+def _key(node: ir.Node) -> Any:
+    """Equal for nodes that compute the same from the same constants; small operands count by value."""
+    operands = []
+    for v in node.inputs:
+        small = graph.small_array(v, limit=64)
+        operands.append(
+            id(v) if small is None else (str(small.dtype), small.shape, small.tobytes())
+        )
+    return (
+        node.op_type,
+        tuple(operands),
+        tuple(sorted((k, str(a.value)) for k, a in node.attributes.items())),
+    )
+
+
 def _is_foldable(node: ir.Node) -> bool:
-    if node.domain != "" or node.op_type not in _FOLDABLE or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+    if (
+        node.domain != ""
+        or node.op_type not in _FOLDABLE
+        or len(node.outputs) != 1
+        or node.outputs[0].is_graph_output()
+    ):
         return False
-    if not all(v is not None and (graph.is_constant(v) or graph.small_array(v) is not None) for v in node.inputs):
+    if not all(
+        v is not None and (graph.is_constant(v) or graph.small_array(v) is not None)
+        for v in node.inputs
+    ):
         return False
     first = node.inputs[0]
-    return first is not None and first.const_value is not None and first.const_value.dtype in graph.FLOATS
+    return (
+        first is not None
+        and first.const_value is not None
+        and first.const_value.dtype in graph.FLOATS
+    )
+
+
+def _largest(node: ir.Node) -> str:
+    """The name of the largest operand: the one under which a person knows the weight."""
+    operands = [v for v in node.inputs if v is not None and v.const_value is not None]
+    return str(
+        max(operands, key=lambda v: v.const_value.size if v.const_value else 0).name
+    ).removesuffix(".folded")
 
 
 def _leads_to_weight(v: ir.Value, depth: int = 8) -> bool:
@@ -104,11 +153,27 @@ def _leads_to_weight(v: ir.Value, depth: int = 8) -> bool:
     for node, index in v.uses():
         if (node.domain, node.op_type, index) in weights.LAYOUTS:
             return True
-        others = [i for i in node.inputs if i is not v]
-        constant = all(graph.is_constant(i) or graph.small_array(i) is not None for i in others)
-        if node.domain == "" and node.op_type in _FOLDABLE and constant and _leads_to_weight(node.outputs[0], depth - 1):
+        constant = all(_is_expression(i) for i in node.inputs if i is not v)
+        if (
+            node.domain == ""
+            and node.op_type in _FOLDABLE
+            and constant
+            and _leads_to_weight(node.outputs[0], depth - 1)
+        ):
             return True
     return False
+
+
+def _is_expression(v: ir.Value | None, depth: int = 8) -> bool:
+    """Constant, or computed from constants by operators that can be folded."""
+    if v is None or depth == 0:
+        return False
+    if graph.is_constant(v) or graph.small_array(v) is not None:
+        return True
+    producer = v.producer()
+    if producer is None or producer.domain != "" or producer.op_type not in _FOLDABLE:
+        return False
+    return all(_is_expression(i, depth - 1) for i in producer.inputs)
 
 
 def _feeds_only_weight_slots(v: ir.Value) -> bool:
@@ -126,7 +191,12 @@ def _evaluate_later(node: ir.Node) -> ir.TensorProtocol:
     result = compute(attributes, stand_ins)
     dtype = ir.DataType(int(attributes["to"])) if node.op_type == "Cast" else first.dtype
     name = str(node.outputs[0].name)
-    return graph.lazy(lambda: compute(attributes, [np.asarray(o.numpy()) for o in operands]), dtype, result.shape, name)
+    return graph.lazy(
+        lambda: compute(attributes, [np.asarray(o.numpy()) for o in operands]),
+        dtype,
+        result.shape,
+        name,
+    )
 
 
 def _operand(v: ir.Value | None) -> ir.TensorProtocol:
@@ -188,6 +258,27 @@ def _arithmetic(ufunc: np.ufunc) -> Callable[[dict[str, Any], list[Array]], Arra
     return compute
 
 
+def _slice(attributes: dict[str, Any], inputs: list[Array]) -> Array:
+    x = inputs[0]
+    if len(inputs) > 1:
+        starts, ends = inputs[1], inputs[2]
+        axes = inputs[3] if len(inputs) > 3 else np.arange(len(starts))
+        steps = inputs[4] if len(inputs) > 4 else np.ones(len(starts), np.int64)
+    else:
+        starts, ends = (np.asarray(attributes[k]) for k in ("starts", "ends"))
+        axes, steps = (
+            np.asarray(attributes.get("axes", range(len(starts)))),
+            np.ones(len(starts), np.int64),
+        )
+    cut = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        stop: int | None = int(end)
+        if step < 0 and end < -x.shape[int(axis)]:
+            stop = None  # ONNX: "to the beginning"; a negative stop would wrap in Python
+        cut[int(axis)] = slice(int(start), stop, int(step))
+    return x[tuple(cut)]
+
+
 _FOLDABLE: dict[str, Callable[[dict[str, Any], list[Array]], Array]] = {
     "Identity": lambda attributes, inputs: inputs[0],
     "Transpose": _transpose,
@@ -196,6 +287,8 @@ _FOLDABLE: dict[str, Callable[[dict[str, Any], list[Array]], Array]] = {
     "Unsqueeze": _unsqueeze,
     "Flatten": _flatten,
     "Cast": _cast,
+    "Slice": _slice,
+    "Concat": lambda attributes, inputs: np.concatenate(inputs, int(attributes["axis"])),
     "Mul": _arithmetic(np.multiply),
     "Div": _arithmetic(np.divide),
     "Add": _arithmetic(np.add),

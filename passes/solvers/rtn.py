@@ -39,7 +39,11 @@ class Rtn(Solver):
         """Threads to use; 0 is one per core."""
 
     def solve(
-        self, w: npt.NDArray[np.floating[Any]], spec: QuantSpec, stats: WeightStats | None, rng: np.random.Generator
+        self,
+        w: npt.NDArray[np.floating[Any]],
+        spec: QuantSpec,
+        stats: WeightStats | None,
+        rng: np.random.Generator,
     ) -> QTensor:
         """Quantize w [N, K]; `error` is Σ importance (w - q)²."""
         assert isinstance(self.options, Rtn.Options)
@@ -53,14 +57,25 @@ class Rtn(Solver):
         rows = max(1, _CHUNK // max(k, 1))
         chunks: Iterator[slice] = (slice(start, start + rows) for start in range(0, n, rows))
         with ThreadPoolExecutor(self.options.threads or os.cpu_count() or 1) as pool:
-            parts = list(pool.map(lambda part: _search(np.ascontiguousarray(w[part], np.float32), spec, importance), chunks))
+            parts = list(
+                pool.map(
+                    lambda part: _search(
+                        np.ascontiguousarray(w[part], np.float32), spec, importance
+                    ),
+                    chunks,
+                )
+            )
         return _assemble(spec, (n, k), parts)
 
 
-_Part = tuple[npt.NDArray[Any], npt.NDArray[np.float32], "npt.NDArray[Any] | None", npt.NDArray[np.float64]]
+_Part = tuple[
+    npt.NDArray[Any], npt.NDArray[np.float32], "npt.NDArray[Any] | None", npt.NDArray[np.float64]
+]
 
 
-def _search(w: npt.NDArray[np.float32], spec: QuantSpec, importance: npt.NDArray[np.float32] | None) -> _Part:
+def _search(
+    w: npt.NDArray[np.float32], spec: QuantSpec, importance: npt.NDArray[np.float32] | None
+) -> _Part:
     return native.rtn_search(
         w,
         group=spec.group or max(w.shape[1], 1),
@@ -68,6 +83,8 @@ def _search(w: npt.NDArray[np.float32], spec: QuantSpec, importance: npt.NDArray
         symmetric=spec.symmetric,
         importance=importance,
         scale_dtype=spec.scale_dtype,
+        # With 8 bits the 128th negative code buys nothing, and integer kernels of some runtimes want scales > 0.
+        signed_scale=spec.qtype.bits < 8,
     )
 
 
@@ -79,8 +96,16 @@ def _assemble(spec: QuantSpec, shape: tuple[int, int], parts: list[_Part]) -> QT
             return np.zeros(want, dtype)
         return np.concatenate([p[index] for p in parts]).reshape(want)  # type: ignore[arg-type]
 
-    signed = QuantSpec(spec.storage(signed=spec.symmetric).qtype, spec.block, spec.symmetric, spec.scale_dtype)
+    signed = QuantSpec(
+        spec.storage(signed=spec.symmetric).qtype, spec.block, spec.symmetric, spec.scale_dtype
+    )
     zero_point = None if spec.symmetric else joined(2, scale_shape, np.uint8)
     error = float(sum(float(p[3].sum()) for p in parts))
-    found = QTensor(signed, joined(0, shape, signed.qtype.container), joined(1, scale_shape, np.float32), zero_point, error)
+    found = QTensor(
+        signed,
+        joined(0, shape, signed.qtype.container),
+        joined(1, scale_shape, np.float32),
+        zero_point,
+        error,
+    )
     return found.stored_as(signed=spec.qtype.is_signed)

@@ -48,11 +48,14 @@ class Dequantize(Form):
             needs.append(19)
         return max(needs)
 
-    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+    def write(
+        self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
+    ) -> ir.Node:
         """Insert the DequantizeLinear in front of the use."""
         matrix, dims = _stored(use, weight.dims, weight.is_tied)
         untransposed = use.through is not None and weight.is_tied
-        values = constants(writer, weight, q, matrix, dims)
+        home, anchor = writer.place(weight, use)
+        values = constants(writer, weight, q, matrix, dims, home)
         form = matrix.onnx_form(q.spec, dims)
         assert not isinstance(form, str)
         axis, block, _ = form
@@ -64,11 +67,29 @@ class Dequantize(Form):
         assert weight.value.const_value is not None
         dtype = weight.value.const_value.dtype
         out = graph.value(writer.names(f"{weight.name}.dequantized"), dtype, dims)
-        graph.add_node(use.node, "DequantizeLinear", values, [out], name=writer.names(f"{weight.name}.DequantizeLinear"), attributes=attributes)
+        graph.add_node(
+            anchor,
+            "DequantizeLinear",
+            values,
+            [out],
+            name=writer.names(f"{weight.name}.DequantizeLinear"),
+            attributes=attributes,
+        )
         if untransposed:
             assert use.through is not None
-            turned = graph.value(writer.names(f"{weight.name}.transposed"), dtype, [dims[p] for p in _perm(use.through, len(dims))])
-            graph.add_node(use.node, "Transpose", [out], [turned], name=writer.names(f"{weight.name}.Transpose"), attributes={"perm": _perm(use.through, len(dims))})
+            turned = graph.value(
+                writer.names(f"{weight.name}.transposed"),
+                dtype,
+                [dims[p] for p in _perm(use.through, len(dims))],
+            )
+            graph.add_node(
+                anchor,
+                "Transpose",
+                [out],
+                [turned],
+                name=writer.names(f"{weight.name}.Transpose"),
+                attributes={"perm": _perm(use.through, len(dims))},
+            )
             out = turned
         use.node.replace_input_with(use.index, out)
         return use.node
@@ -83,10 +104,19 @@ def _stored(use: Use, dims: tuple[int, ...], tied: bool) -> tuple[Matrix, tuple[
     if use.through is None or tied:
         return use.matrix, dims
     perm = _perm(use.through, len(dims))
-    return Matrix(tuple(perm.index(p) for p in use.matrix.perm), use.matrix.rows), tuple(dims[p] for p in perm)
+    return Matrix(tuple(perm.index(p) for p in use.matrix.perm), use.matrix.rows), tuple(
+        dims[p] for p in perm
+    )
 
 
-def constants(writer: Writer, weight: Weight, q: QTensor, matrix: Matrix, dims: tuple[int, ...]) -> list[ir.Value]:
+def constants(
+    writer: Writer,
+    weight: Weight,
+    q: QTensor,
+    matrix: Matrix,
+    dims: tuple[int, ...],
+    home: ir.Graph,
+) -> list[ir.Value]:
     """Codes, scale and, where needed, zero point as DequantizeLinear reads them; shared between uses."""
     if q.zero_point is None:
         q = q.stored_as(signed=True)
@@ -100,12 +130,29 @@ def constants(writer: Writer, weight: Weight, q: QTensor, matrix: Matrix, dims: 
         return matrix.back(per_block, scale_shape) if block else per_block.reshape(scale_shape)
 
     values = [
-        writer.packed((*key, "codes"), f"{weight.name}.codes", lambda: matrix.back(q.codes, dims), q.spec.qtype.dtype),
-        writer.constant((*key, "scale"), f"{weight.name}.scale", lambda: np.ascontiguousarray(spread(q.scale)).astype(q.spec.scale_dtype)),
+        writer.packed(
+            (*key, "codes"),
+            f"{weight.name}.codes",
+            lambda: matrix.back(q.codes, dims),
+            q.spec.qtype.dtype,
+            home,
+        ),
+        writer.constant(
+            (*key, "scale"),
+            f"{weight.name}.scale",
+            lambda: np.ascontiguousarray(spread(q.scale)).astype(q.spec.scale_dtype),
+            home,
+        ),
     ]
     if q.zero_point is not None:
         zero_point = q.zero_point
         values.append(
-            writer.packed((*key, "zero_point"), f"{weight.name}.zero_point", lambda: np.ascontiguousarray(spread(zero_point)), q.spec.qtype.dtype)
+            writer.packed(
+                (*key, "zero_point"),
+                f"{weight.name}.zero_point",
+                lambda: np.ascontiguousarray(spread(zero_point)),
+                q.spec.qtype.dtype,
+                home,
+            )
         )
     return values

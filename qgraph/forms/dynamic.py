@@ -24,7 +24,9 @@ class DynamicInteger(Form):
     """DynamicQuantizeLinear + MatMulInteger for MatMul and Gemm."""
 
     name: ClassVar[str] = "dynamic-int8"
-    summary: ClassVar[str] = "DynamicQuantizeLinear + MatMulInteger (integer arithmetic, ONNX standard)"
+    summary: ClassVar[str] = (
+        "DynamicQuantizeLinear + MatMulInteger (integer arithmetic, ONNX standard)"
+    )
     domains: ClassVar[Mapping[str, int]] = {"": 0}
 
     def refuses(self, request: Request) -> str:
@@ -48,7 +50,9 @@ class DynamicInteger(Form):
         """DynamicQuantizeLinear came with opset 11."""
         return 11
 
-    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+    def write(
+        self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
+    ) -> ir.Node:
         """Replace MatMul or Gemm by the integer chain."""
         q = q.stored_as(signed=True)
         node, x = use.node, use.node.inputs[0]
@@ -56,15 +60,30 @@ class DynamicInteger(Form):
         n, k = q.shape
         turned = Matrix((1, 0))
         key = (weight.name, "qdq", turned, (k, n))  # [K, N], as MatMul reads it
-        codes = writer.packed((*key, "codes"), f"{weight.name}.codes", lambda: turned.back(q.codes, (k, n)), q.spec.qtype.dtype)
+        codes = writer.packed(
+            (*key, "codes"),
+            f"{weight.name}.codes",
+            lambda: turned.back(q.codes, (k, n)),
+            q.spec.qtype.dtype,
+        )
         scale_shape = () if q.spec.is_per_tensor else (n,)
-        scale = writer.constant((*key, "scale"), f"{weight.name}.scale", lambda: q.scale.reshape(scale_shape))
+        scale = writer.constant(
+            (*key, "scale"), f"{weight.name}.scale", lambda: q.scale.reshape(scale_shape)
+        )
         base = str(node.outputs[0].name)
         quantized, x_scale, x_zero = self._quantized(writer, node, x)
 
-        def step(op: str, inputs: list[ir.Value | None], kind: ir.DataType, suffix: str, **attributes: int) -> ir.Value:
+        def step(
+            op: str,
+            inputs: list[ir.Value | None],
+            kind: ir.DataType,
+            suffix: str,
+            **attributes: int,
+        ) -> ir.Value:
             out = graph.value(writer.names(f"{base}.{suffix}"), kind)
-            graph.add_node(node, op, inputs, [out], name=writer.names(f"{base}.{op}"), attributes=attributes)
+            graph.add_node(
+                node, op, inputs, [out], name=writer.names(f"{base}.{op}"), attributes=attributes
+            )
             return out
 
         product = step("MatMulInteger", [quantized, codes, x_zero], ir.DataType.INT32, "int32")
@@ -75,23 +94,41 @@ class DynamicInteger(Form):
         bias = node.inputs[2]
         beta = float(graph.attribute(node, "beta", 1.0))
         if beta != 1.0:
-            factor = writer.constant(("scalar", beta, "float32"), "beta", lambda: np.asarray(beta, np.float32))
+            factor = writer.constant(
+                ("scalar", beta, "float32"), "beta", lambda: np.asarray(beta, np.float32)
+            )
             bias = step("Mul", [bias, factor], ir.DataType.FLOAT, "bias")
         scaled = step("Mul", [floats, scales], ir.DataType.FLOAT, "product")
         return graph.replace_node(node, "Add", [scaled, bias])
 
-    def _quantized(self, writer: Writer, node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _quantized(
+        self, writer: Writer, node: ir.Node, x: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """The quantized activation; shared by all readers in one body, placed before the first of them."""
         body = graph.owner(node)
-        kinds = (("quantized", ir.DataType.UINT8), ("scale", ir.DataType.FLOAT), ("zero_point", ir.DataType.UINT8))
+        kinds = (
+            ("quantized", ir.DataType.UINT8),
+            ("scale", ir.DataType.FLOAT),
+            ("zero_point", ir.DataType.UINT8),
+        )
         key = ("dynamic", id(body), x)
         made: list[ir.Value] = []
 
         def make(kind: str) -> ir.Value:
             if not made:
-                made.extend(graph.value(writer.names(f"{x.name}.{name}"), dtype) for name, dtype in kinds)
-                graph.add_node(node, "DynamicQuantizeLinear", [x], made, name=writer.names(f"{x.name}.DynamicQuantizeLinear"))
+                made.extend(
+                    graph.value(writer.names(f"{x.name}.{name}"), dtype) for name, dtype in kinds
+                )
+                graph.add_node(
+                    node,
+                    "DynamicQuantizeLinear",
+                    [x],
+                    made,
+                    name=writer.names(f"{x.name}.DynamicQuantizeLinear"),
+                )
             return made[[name for name, _ in kinds].index(kind)]
 
-        first, second, third = (writer.memo((*key, name), lambda n=name: make(n)) for name, _ in kinds)  # type: ignore[misc]
+        first, second, third = (
+            writer.memo((*key, name), lambda n=name: make(n)) for name, _ in kinds
+        )  # type: ignore[misc]
         return first, second, third

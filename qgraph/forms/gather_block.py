@@ -1,7 +1,7 @@
 """com.microsoft.GatherBlockQuantized: embedding tables in 4 or 8 bits, in blocks along the embedding axis.
 
-Codes are uint8 [V, D * bits / 8]. A table that is also the head (tied) shares its codes with MatMulNBits: the same
-bytes, seen through a Reshape.
+Codes are uint8 [V, D * bits / 8]. A table that is also the head (tied) reads the very codes of MatMulNBits,
+[V, blocks, block * bits / 8], in place; only its scales go through a Reshape (docs/notes/forms.md, section 5).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class GatherBlock(Form):
     """Gather of a blocked 4 or 8 bit table."""
 
     name: ClassVar[str] = "gather-block"
-    summary: ClassVar[str] = "com.microsoft.GatherBlockQuantized (4, 8 bits; shares codes with a tied MatMulNBits)"
+    summary: ClassVar[str] = (
+        "com.microsoft.GatherBlockQuantized (4, 8 bits; shares codes with a tied MatMulNBits)"
+    )
     domains: ClassVar[Mapping[str, int]] = {"com.microsoft": 1}
 
     def refuses(self, request: Request) -> str:
@@ -40,41 +42,84 @@ class GatherBlock(Form):
         if spec.group not in matmul_nbits.BLOCKS:
             return f"takes groups of {', '.join(map(str, matmul_nbits.BLOCKS))}, not {spec.group or 'whole rows'}"
         if request.dims[1] % spec.group:
-            return f"takes rows of whole blocks; {request.dims[1]} is not a multiple of {spec.group}"
+            return (
+                f"takes rows of whole blocks; {request.dims[1]} is not a multiple of {spec.group}"
+            )
+        if spec.qtype.bits == 4 and not spec.symmetric:
+            return "ONNX Runtime 1.23 gathers 4-bit rows with zero points wrongly"
+        indices = request.use.node.inputs[1]
+        if request.tied and (indices is None or indices.shape is None):
+            return "the rank of the indices is unknown"
         return ""
 
     def opset(self, request: Request) -> int:
         """A contrib operator: any opset will do."""
         return 7
 
-    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+    def write(
+        self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
+    ) -> ir.Node:
         """Replace the Gather."""
         writer.require(self.domains)
         block, bits = q.spec.group, q.spec.qtype.bits
         n, k = q.shape
         stored = matmul_nbits.packed_constants(writer, weight, q, block)
-        flat = self._flat(writer, weight, use, stored, [n, k * bits // 8], block)
-        inputs: list[ir.Value | None] = [flat[0], use.node.inputs[1], *flat[1:]]
-        attributes: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": bits}
-        return graph.replace_node(use.node, "GatherBlockQuantized", inputs, domain="com.microsoft", attributes=attributes)
+        node, indices = use.node, use.node.inputs[1]
+        attributes: dict[str, Any] = {"gather_axis": 0, "block_size": block, "bits": bits}
+        if not _shares_codes(weight):
+            for value, columns in zip(
+                stored, (k * bits // 8, k // block, k // block * bits // 8), strict=False
+            ):
+                _reshape_constant(value, (n, columns))
+            return graph.replace_node(
+                node,
+                "GatherBlockQuantized",
+                [stored[0], indices, *stored[1:]],
+                domain="com.microsoft",
+                attributes={**attributes, "quantize_axis": 1},
+            )
+        dtype = weight.value.dtype or ir.DataType.FLOAT
+        base = str(node.outputs[0].name)
+        scale_shape = writer.constant(
+            ("shape", n, k // block, 1), "shape", lambda: np.asarray([n, k // block, 1], np.int64)
+        )
+        scales = graph.value(writer.names(f"{base}.scales"), dtype)
+        graph.add_node(
+            node,
+            "Reshape",
+            [stored[1], scale_shape],
+            [scales],
+            name=writer.names(f"{base}.Reshape"),
+        )
+        rows = graph.value(writer.names(f"{base}.blocks"), dtype)
+        made = graph.add_node(
+            node,
+            "GatherBlockQuantized",
+            [stored[0], indices, scales],
+            [rows],
+            name=writer.names(f"{base}.GatherBlockQuantized"),
+            domain="com.microsoft",
+            attributes={**attributes, "quantize_axis": 2},
+        )
+        whole = [0] * _rank(indices) + [k]
+        row_shape = writer.constant(("shape", *whole), "shape", lambda: np.asarray(whole, np.int64))
+        graph.replace_node(node, "Reshape", [rows, row_shape])
+        return made
 
-    def _flat(self, writer: Writer, weight: Weight, use: Use, stored: list[ir.Value], shape: list[int], block: int) -> list[ir.Value]:
-        """2-D views of the tensors that MatMulNBits stores: by Reshape where it uses them, else stored 2-D."""
-        blocks = shape[0], -1
-        tied = any(u.kind in ("matmul", "gemm") for u in weight.uses)
-        wanted = [shape, list(blocks), list(blocks)][: len(stored)]
-        views = []
-        for value, want in zip(stored, wanted, strict=True):
-            tensor = value.const_value
-            assert tensor is not None
-            if not tied:
-                data = np.asarray(tensor.numpy()).reshape(want)
-                value.const_value = ir.tensor(data, name=value.name)
-                value.shape = ir.Shape(data.shape)
-                views.append(value)
-                continue
-            dims = writer.constant(("shape", *want), "shape", lambda w=want: np.asarray(w, np.int64))  # type: ignore[misc]
-            out = graph.value(writer.names(f"{value.name}.rows"), tensor.dtype)
-            graph.add_node(use.node, "Reshape", [value, dims], [out], name=writer.names(f"{value.name}.Reshape"))
-            views.append(out)
-        return views
+
+def _shares_codes(weight: Weight) -> bool:
+    """MatMulNBits uses the same table: its B [V, blocks, bytes] is then the only copy."""
+    return any(u.kind in ("matmul", "gemm") for u in weight.uses)
+
+
+def _rank(indices: ir.Value | None) -> int:
+    assert indices is not None and indices.shape is not None
+    return len(indices.shape)
+
+
+def _reshape_constant(value: ir.Value, shape: tuple[int, ...]) -> None:
+    assert value.const_value is not None
+    value.const_value = ir.tensor(
+        np.asarray(value.const_value.numpy()).reshape(shape), name=value.name
+    )
+    value.shape = ir.Shape(shape)

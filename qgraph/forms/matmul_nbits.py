@@ -1,6 +1,6 @@
 """com.microsoft.MatMulNBits: ONNX Runtime's own operator for 2, 4 and 8 bit weights in blocks along K.
 
-Stored as B uint8 [N, ceil(K / block), block * bits / 8], scales [N * blocks], zero points packed like B.
+Stored as B uint8 [N, ceil(K / block), block * bits / 8], scales [N, blocks], zero points packed like B.
 Emitting it directly saves memory at load over DequantizeLinear + MatMul, and needs no opset 21.
 """
 
@@ -27,7 +27,9 @@ class MatMulNBits(Form):
 
     accuracy_level: int = 4
     name: ClassVar[str] = "matmul-nbits"
-    summary: ClassVar[str] = "com.microsoft.MatMulNBits (2, 4, 8 bits; int8 activations inside the kernel)"
+    summary: ClassVar[str] = (
+        "com.microsoft.MatMulNBits (2, 4, 8 bits; int8 activations inside the kernel)"
+    )
     domains: ClassVar[Mapping[str, int]] = {"com.microsoft": 1}
 
     def refuses(self, request: Request) -> str:
@@ -43,6 +45,8 @@ class MatMulNBits(Form):
             return "has no per-tensor scale; use .ch or a group"
         if spec.group and spec.group not in BLOCKS:
             return f"takes groups of {', '.join(map(str, BLOCKS))}, not {spec.group}"
+        if not spec.symmetric and use.in_body:
+            return "ONNX Runtime 1.23 computes wrongly with zero points captured by a body"
         if use.kind == "gemm" and graph.attribute(use.node, "transA", 0):
             return "takes no transposed activations (Gemm transA=1)"
         if use.kind == "gemm" and graph.attribute(use.node, "alpha", 1.0) != 1.0:
@@ -53,33 +57,52 @@ class MatMulNBits(Form):
         """A contrib operator: any opset will do."""
         return 7
 
-    def write(self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None) -> ir.Node:
+    def write(
+        self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
+    ) -> ir.Node:
         """Replace MatMul by MatMulNBits, Gemm by MatMulNBits and Add."""
         writer.require(self.domains)
         n, k = q.shape
         block = block_of(q.spec, k)
-        inputs: list[ir.Value | None] = [use.node.inputs[0], *packed_constants(writer, weight, q, block)]
+        inputs: list[ir.Value | None] = [
+            use.node.inputs[0],
+            *packed_constants(writer, weight, q, block),
+        ]
         attributes = {"K": k, "N": n, "bits": q.spec.qtype.bits, "block_size": block}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
         if use.kind == "matmul" or len(use.node.inputs) < 3 or use.node.inputs[2] is None:
-            return graph.replace_node(use.node, "MatMulNBits", inputs, domain="com.microsoft", attributes=attributes)
+            return graph.replace_node(
+                use.node, "MatMulNBits", inputs, domain="com.microsoft", attributes=attributes
+            )
         return self._write_gemm(writer, use, inputs, attributes)
 
-    def _write_gemm(self, writer: Writer, use: Use, inputs: list[ir.Value | None], attributes: dict[str, Any]) -> ir.Node:
+    def _write_gemm(
+        self, writer: Writer, use: Use, inputs: list[ir.Value | None], attributes: dict[str, Any]
+    ) -> ir.Node:
         node = use.node
         beta = float(graph.attribute(node, "beta", 1.0))
         bias = node.inputs[2]
         assert bias is not None
         dtype = node.outputs[0].dtype or (bias.dtype or ir.DataType.FLOAT)
         if beta != 1.0:
-            factor = writer.constant(("scalar", beta, dtype), "beta", lambda: np.asarray(beta, dtype.numpy()))
+            factor = writer.constant(
+                ("scalar", beta, dtype), "beta", lambda: np.asarray(beta, dtype.numpy())
+            )
             scaled = graph.value(writer.names(f"{bias.name}.scaled"), dtype)
-            graph.add_node(node, "Mul", [bias, factor], [scaled], name=writer.names(f"{bias.name}.Mul"))
+            graph.add_node(
+                node, "Mul", [bias, factor], [scaled], name=writer.names(f"{bias.name}.Mul")
+            )
             bias = scaled
         product = graph.value(writer.names(f"{node.outputs[0].name}.product"), dtype)
         made = graph.add_node(
-            node, "MatMulNBits", inputs, [product], name=writer.names(f"{node.name or node.outputs[0].name}.MatMulNBits"), domain="com.microsoft", attributes=attributes
+            node,
+            "MatMulNBits",
+            inputs,
+            [product],
+            name=writer.names(f"{node.name or node.outputs[0].name}.MatMulNBits"),
+            domain="com.microsoft",
+            attributes=attributes,
         )
         graph.replace_node(node, "Add", [product, bias])
         return made
@@ -113,7 +136,11 @@ def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> 
     key = (weight.name, "nbits", block)
     made = [
         writer.constant((*key, "B"), f"{weight.name}.codes", codes),
-        writer.constant((*key, "scales"), f"{weight.name}.scale", lambda: per_block(q.scale).astype(q.spec.scale_dtype).reshape(-1)),
+        writer.constant(
+            (*key, "scales"),
+            f"{weight.name}.scale",
+            lambda: per_block(q.scale).astype(q.spec.scale_dtype),
+        ),
     ]
     if q.zero_point is not None:
         zero_point = q.zero_point

@@ -20,13 +20,19 @@ ONNX = register(
             "conv": (Dequantize(),),
             "conv_transpose": (Dequantize(),),
             "gather": (GatherRows(), Dequantize()),
+            "slice": (GatherRows(),),
             "rnn": (Dequantize(),),
         },
         max_opset=25,
         auto={
             "matmul": (("int8.ch", "float", _WEIGHTS), ("int8.tensor", "float", _WEIGHTS)),
             "gemm": (("int8.ch", "float", _WEIGHTS), ("int8.tensor", "float", _WEIGHTS)),
-            "gather": (("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),),
+            "slice": (
+                ("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),
+            ),
+            "gather": (
+                ("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),
+            ),
             "tied": (("int8.ch", "float", "one int8 table serves the embedding and the head"),),
             "rnn": (("int8.ch", "float", _WEIGHTS), ("int8.tensor", "float", _WEIGHTS)),
         },

@@ -25,15 +25,17 @@ class WholeBlocks(Dequantize):
         if request.spec.qtype.bits == 2:
             return "OpenVINO does not read 2-bit ONNX types"
         if request.use.kind == "gather" and request.spec.group:
-            return "OpenVINO expands tables in blocks to float; it keeps one scale per row compressed"
+            return (
+                "OpenVINO expands tables in blocks to float; it keeps one scale per row compressed"
+            )
         return super().refuses(request)
 
 
 def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
     """What OpenVINO executes for each of these values of the model at `path` (in a child process)."""
-    from qgraph.executed import match, openvino
+    from qgraph.executed import openvino
 
-    return match.what_runs(openvino.executed_graph(path), outputs)
+    return openvino.inspect(path, outputs)
 
 
 _INT8 = "int8 weights per output channel stay compressed; OpenVINO quantizes activations by itself"
@@ -42,15 +44,23 @@ OPENVINO = register(
     Target(
         name="openvino",
         summary="OpenVINO >= 2025 on CPU",
-        forms={kind: (WholeBlocks(),) for kind in ("matmul", "gemm", "conv", "conv_transpose", "gather", "rnn")},
+        forms={
+            kind: (WholeBlocks(),)
+            for kind in ("matmul", "gemm", "conv", "conv_transpose", "gather", "slice", "rnn")
+        },
         auto={
             "matmul": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),
             "gemm": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),
-            "gather": (("int8.ch", "float", "an int8 table with a scale per row stays compressed"),),
+            "slice": (("int8.ch", "float", "smaller file; OpenVINO expands it at load"),),
+            "gather": (
+                ("int8.ch", "float", "an int8 table with a scale per row stays compressed"),
+            ),
             "tied": (("int8.ch", "float", "one int8 table serves the embedding and the head"),),
             "rnn": (("int8.ch", "float", "smaller file; OpenVINO expands it at load"),),
         },
         inspect=inspect,
-        notes=("OpenVINO quantizes activations of compressed MatMuls at run time by its own choice; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns that off.",),
+        notes=(
+            "OpenVINO quantizes activations of compressed MatMuls at run time by its own choice; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns that off.",
+        ),
     )
 )

@@ -22,14 +22,16 @@ _INT8 = (
     "8-bit blocks in MatMulNBits: the fastest form without calibration that keeps its accuracy where "
     "activations have outliers (dynamic int8 has one scale for the whole activation)"
 )
-_PORTABLE = "int8 weights; this layout has no fused kernel in ONNX Runtime, so it is smaller but not faster"
+_PORTABLE = (
+    "int8 weights; this layout has no fused kernel in ONNX Runtime, so it is smaller but not faster"
+)
 
 
 def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
     """What ONNX Runtime executes for each of these values of the model at `path`."""
-    from qgraph.executed import match, ort
+    from qgraph.executed import ort
 
-    return match.what_runs(ort.executed_graph(path), outputs)
+    return ort.inspect(path, outputs)
 
 
 ORT = register(
@@ -41,17 +43,28 @@ ORT = register(
             "gemm": (DynamicInteger(), MatMulNBits(), Dequantize()),
             "conv": (Dequantize(),),
             "conv_transpose": (Dequantize(),),
-            "gather": (GatherRows(), GatherBlock()),
+            "gather": (GatherRows(tied=False), GatherBlock(), GatherRows()),
+            "slice": (GatherRows(),),
             "rnn": (Dequantize(),),
         },
         auto={
             "matmul": (("int8.g128", "float", _INT8), ("int8.ch", "float", _PORTABLE)),
             "gemm": (("int8.g128", "float", _INT8), ("int8.ch", "float", _PORTABLE)),
-            "gather": (("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),),
-            "tied": (("int8.g32", "float", "one int8 table serves the embedding and the head"), ("int8.ch", "float", "one int8 table for all its uses")),
+            "slice": (
+                ("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),
+            ),
+            "gather": (
+                ("int8.ch", "float", "an int8 table with a scale per row is a quarter of the size"),
+            ),
+            "tied": (
+                ("int8.g32", "float", "one int8 table serves the embedding and the head"),
+                ("int8.ch", "float", "one int8 table for all its uses"),
+            ),
             "rnn": (("int8.ch", "float", _PORTABLE), ("int8.tensor", "float", _PORTABLE)),
         },
         inspect=inspect,
-        notes=("MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",),
+        notes=(
+            "MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",
+        ),
     )
 )
