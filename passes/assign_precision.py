@@ -105,7 +105,10 @@ def _promote(rule: Rule, decided: Sequence[Weight], ctx: Context, reach: _Reach)
     for weight in sensitivity.most_sensitive(quantized, rule.sensitive_share):
         decision = _decide(weight, raised, ctx, reach)
         if decision.spec is not None:
-            reason = f"reads a norm and feeds no Softmax: among the most sensitive {rule.sensitive_share:.0%} of rule {rule.id!r}"
+            reason = (
+                "reads a norm and feeds no Softmax: among the most sensitive "
+                f"{rule.sensitive_share:.0%} of rule {rule.id!r}"
+            )
             ctx.plan.add(replace(decision, reason=reason))
 
 

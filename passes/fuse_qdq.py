@@ -8,7 +8,10 @@ form for stays as it is, and a note says why.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qgraph import graph, weights
@@ -126,39 +129,32 @@ def _read(dequantize: ir.Node, matrix: Matrix, dims: tuple[int, ...]) -> QTensor
     name = codes.const_value.dtype.name.lower()
     if name not in QTYPES:
         return None
+    qtype = QTYPES[name]
     axis = int(graph.attribute(dequantize, "axis", 1)) % max(len(dims), 1)
     block = int(graph.attribute(dequantize, "block_size", 0))
     n_axes, k_axes = matrix.perm[: matrix.rows], matrix.perm[matrix.rows :]
-    scale_array = graph.array(scale)
-    if scale_array.size == 1 and not block:
-        shape, grain = (0, 0), lambda a: a.reshape(1, 1)
+    grain: tuple[int, int]
+    if graph.array(scale).size == 1 and not block:
+        grain = (0, 0)
     elif not block and (axis,) == n_axes:
-        shape, grain = (1, 0), lambda a: a.reshape(-1, 1)
+        grain = (1, 0)
     elif block and (axis,) == k_axes:
-        whole = block >= dims[axis]
-        shape, grain = (1, 0 if whole else block), matrix.of
+        grain = (1, 0 if block >= dims[axis] else block)
     else:
         return None
-    zero_point = (
-        None
-        if zero is None
-        else np.ascontiguousarray(grain(graph.array(zero))).astype(QTYPES[name].container)
-    )
-    if zero_point is not None and QTYPES[name].is_signed and not zero_point.any():
-        zero_point = None
-    elif (
-        zero_point is not None
-        and not QTYPES[name].is_signed
-        and (zero_point == 2 ** (QTYPES[name].bits - 1)).all()
-    ):
-        zero_point = None
-    elif zero is None and not QTYPES[name].is_signed:
-        zero_point = np.zeros(
-            np.asarray(grain(scale_array)).shape, np.uint8
-        )  # absent means 0, not the middle
+
+    def per_block(constant: ir.Value) -> npt.NDArray[Any]:
+        values = graph.array(constant)
+        if block:
+            return np.ascontiguousarray(matrix.of(values))
+        return values.reshape((1, 1) if grain == (0, 0) else (-1, 1))
+
+    # No zero point means 0 to DequantizeLinear; a QTensor without one means the middle of an unsigned type.
+    points = np.zeros_like(per_block(scale), qtype.container) if zero is None else per_block(zero)
+    middle = 0 if qtype.is_signed else 2 ** (qtype.bits - 1)
+    symmetric = bool((points == middle).all())
     kind = "float16" if scale.const_value.dtype == ir.DataType.FLOAT16 else "float32"
-    spec = QuantSpec(QTYPES[name], shape, zero_point is None, kind)
-    held = np.ascontiguousarray(matrix.of(graph.array(codes))).astype(QTYPES[name].container)
-    return QTensor(
-        spec, held, np.ascontiguousarray(grain(scale_array)).astype(np.float32), zero_point
-    )
+    held: Any = np.ascontiguousarray(matrix.of(graph.array(codes))).astype(qtype.container)
+    zero_point: Any = None if symmetric else points.astype(qtype.container)
+    spec = QuantSpec(qtype, grain, symmetric, kind)
+    return QTensor(spec, held, per_block(scale).astype(np.float32), zero_point)

@@ -106,7 +106,8 @@ def _power(w: np.ndarray, weight: Weight) -> float:
                 "QG401",
                 weight.label,
                 f"has NaN or Inf in {len(bad)} of {w.shape[0]} output channels (first: {bad[0]})",
-                f'repair the model, or keep this weight float with a rule: names = ["{weight.label}"], weights = "float"',
+                "repair the model, or keep this weight float with a rule: "
+                f'names = ["{weight.label}"], weights = "float"',
             )
         )
     return power

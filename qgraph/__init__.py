@@ -14,9 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qgraph.compiler import Result, optimize
     from qgraph.errors import Diagnostic, QGraphError
     from qgraph.files import load, save
-    from qgraph.compiler import Result, optimize
     from qgraph.pipeline import Context, Fact, Instrument, Keeps, Pass, PassOptions, Pipeline
     from qgraph.plan import Decision, QuantPlan
     from qgraph.recipe import Recipe, Rule

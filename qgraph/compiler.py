@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -21,7 +21,11 @@ from qgraph import verify as verifier
 from qgraph.instruments import EquivalenceChecker, Verifier
 from qgraph.pipeline import Context, Instrument, Pipeline, Timer
 from qgraph.report import Entry, Report
+from qgraph.spool import Spool
 from qgraph.target import Target
+
+if TYPE_CHECKING:
+    from qgraph.evaluate import Comparison
 
 INSPECT_UNDER = 8 << 30
 
@@ -141,7 +145,7 @@ def optimize(
         chosen,
         data=data,
         rng=np.random.default_rng(chosen.seed),
-        spool=files.Spool(destination.parent if destination else None),
+        spool=Spool(destination.parent if destination else None),
         threads=threads,
     )
     if progress is not None:
@@ -335,46 +339,45 @@ def _hold_floors(
 
 
 def floor_problems(
-    comparison: Any, min_sqnr: float | None, max_kl: float | None
+    comparison: Comparison, min_sqnr: float | None, max_kl: float | None
 ) -> list[errors.Diagnostic]:
     """The floors that a comparison misses, as errors."""
+    remedy = "try --recipe int8-weights, or keep the worst weights float (see --report)"
     problems = []
-    divergences = [(o.name, o.divergence) for o in comparison.outputs if o.divergence is not None]
-    for output in comparison.outputs:
-        sqnr_db = output.error.sqnr_db if output.error is not None else None
-        if min_sqnr is not None and sqnr_db is not None and not sqnr_db >= min_sqnr:
-            problems.append(
-                errors.Diagnostic(
-                    "error",
-                    "QG701",
-                    f"output {output.name!r}",
-                    f"SQNR is {sqnr_db:.1f} dB, the floor is {min_sqnr:g} dB",
-                    "try --recipe int8-weights, or keep the worst weights float (see --report)",
-                )
+    if min_sqnr is not None:
+        problems += [
+            _missed_floor(
+                "QG701", name, f"SQNR is {db:.1f} dB, the floor is {min_sqnr:g} dB", remedy
             )
-    for name, divergence in divergences:
-        mean = divergence.kl_mean.value
-        if max_kl is not None and not mean <= max_kl:
-            problems.append(
-                errors.Diagnostic(
-                    "error",
-                    "QG702",
-                    f"output {name!r}",
-                    f"KL divergence is {mean:.3g} nats, the ceiling is {max_kl:g}",
-                    "try --recipe int8-weights, or keep the worst weights float (see --report)",
-                )
+            for name, db in (
+                (o.name, o.error.sqnr_db) for o in comparison.outputs if o.error is not None
             )
-    if max_kl is not None and not divergences:
+            if not db >= min_sqnr
+        ]
+    if max_kl is None:
+        return problems
+    judged = [
+        (o.name, o.divergence.kl_mean.value) for o in comparison.outputs if o.divergence is not None
+    ]
+    problems += [
+        _missed_floor(
+            "QG702", name, f"KL divergence is {mean:.3g} nats, the ceiling is {max_kl:g}", remedy
+        )
+        for name, mean in judged
+        if not mean <= max_kl
+    ]
+    if not judged:
+        text = "no output looks like predictions over classes, so there is no KL divergence"
         problems.append(
             errors.Diagnostic(
-                "error",
-                "QG703",
-                "--max-kl",
-                "no output looks like predictions over classes, so there is no KL divergence",
-                "name it with --logits, or use --min-sqnr",
+                "error", "QG703", "--max-kl", text, "name it with --logits, or use --min-sqnr"
             )
         )
     return problems
+
+
+def _missed_floor(code: str, output: str, message: str, hint: str) -> errors.Diagnostic:
+    return errors.Diagnostic("error", code, f"output {output!r}", message, hint)
 
 
 def _versions() -> dict[str, str]:

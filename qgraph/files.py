@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -335,12 +333,7 @@ def _embedded(model: ir.Model) -> onnx.ModelProto:
     for v in held:
         tensor = v.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        v.const_value = ir.LazyTensor(
-            lambda t=tensor: ir.tensor(t.numpy(), dtype=t.dtype, name=t.name),
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            name=v.name,
-        )
+        v.const_value = graph.lazy(tensor.numpy, tensor.dtype, tensor.shape.numpy(), str(v.name))
     try:
         proto = ir.to_proto(model)
         _drop_redundant_types(proto.graph)
@@ -385,34 +378,3 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
     tensors = (v.const_value for _, v in graph.initializers(model))
     names = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
     return path.stat().st_size + sum((path.parent / n).stat().st_size for n in names)
-
-
-class Spool:
-    """Keeps solved weights in an unnamed file instead of memory; arrays come back memory-mapped and read-only.
-
-    The file has no name in any folder, so it disappears with the last array that maps it, even after a crash.
-    """
-
-    KEEP_UNDER = 1 << 20
-
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self._folder = folder
-        self._file: Any = None
-
-    def keep(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The same data, read-only; from the file if it is large."""
-        data = np.ascontiguousarray(data)
-        if data.nbytes >= self.KEEP_UNDER:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="qgraph-")
-            offset = self._file.seek(0, os.SEEK_END)
-            offset += -offset % ALIGNMENT
-            self._file.seek(offset)
-            self._file.write(data)
-            self._file.flush()
-            return np.memmap(
-                self._file, dtype=data.dtype, mode="r", offset=offset, shape=data.shape
-            )
-        data = data.copy() if data.base is not None else data
-        data.flags.writeable = False
-        return data

@@ -84,6 +84,7 @@ class Names:
                     self._used.add(node.name)
 
     def __call__(self, base: str) -> str:
+        """A name like `base` that nothing has yet."""
         name, count = base, 0
         while name in self._used:
             count += 1
@@ -111,7 +112,7 @@ def add_initializer(
     made = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         const_value=tensor,
     )
     if name in graph.initializers:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -24,6 +24,7 @@ class Verifier(Instrument):
         self._every = every
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
+        """Verify the model."""
         last = ctx.recipe.pipeline and each.name == ctx.recipe.pipeline[-1]
         if self._every or last:
             verify.check(model, where=f"after pass {each.name}")
@@ -35,7 +36,7 @@ class EquivalenceChecker(Instrument):
     `lines` says what was proven, and what could not be and why.
     """
 
-    TOLERANCE = {Keeps.FLOAT_EQUAL: 1e-4, Keeps.BIT_EXACT: 0.0}
+    TOLERANCE: ClassVar[dict[Keeps, float]] = {Keeps.FLOAT_EQUAL: 1e-4, Keeps.BIT_EXACT: 0.0}
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -44,6 +45,7 @@ class EquivalenceChecker(Instrument):
         self._gave_up = False
 
     def before(self, each: Pass, model: ir.Model, ctx: Context) -> None:
+        """Keep a copy, if the pass makes a promise."""
         self._before = None
         if each.keeps is Keeps.NOTHING or self._gave_up:
             return
@@ -69,20 +71,21 @@ class EquivalenceChecker(Instrument):
         self.lines.append(f"equivalence of rewrites was not proven: {reason}")
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
+        """Compare with the copy."""
         if self._before is None or not changed or self._feeds is None:
             return
         tolerance = self.TOLERANCE[each.keeps]
         found = verify.equivalent(self._before, model, self._feeds, rtol=tolerance)
         if not found.ok:
+            text = (
+                f"claims to be {each.keeps.value}, but output {found.worst_output!r} changed by "
+                f"{found.max_rel_error:.2g} (relative; at most {tolerance:g} allowed). {found.reason}"
+            )
+            hint = "qgraph bisect narrows it down; --verify ends skips the proof"
             raise errors.VerificationError(
-                errors.Diagnostic(
-                    "error",
-                    "QG201",
-                    f"pass {each.name}",
-                    f"claims to be {each.keeps.value}, but output {found.worst_output!r} changed by {found.max_rel_error:.2g} (relative; at most {tolerance:g} allowed){'; ' + found.reason if found.reason else ''}",
-                    f"qgraph bisect narrows it down; --verify ends skips the proof",
-                )
+                errors.Diagnostic("error", "QG201", f"pass {each.name}", text.strip(), hint)
             )
         self.lines.append(
-            f"{each.name}: proven {each.keeps.value} on {len(self._feeds)} samples, largest relative error {found.max_rel_error:.1e}"
+            f"{each.name}: proven {each.keeps.value} on {len(self._feeds)} samples, "
+            f"largest relative error {found.max_rel_error:.1e}"
         )

@@ -37,7 +37,8 @@ def quantize(w: FloatArray, scale: Floats, zero_point: Codes | None, spec: Quant
     q = np.rint(w / expand(scale, spec, n, k))
     q += midpoint(spec) if zero_point is None else expand(zero_point.astype(np.float32), spec, n, k)
     np.clip(q, spec.qtype.qmin, spec.qtype.qmax, out=q)
-    return q.astype(spec.qtype.container)
+    codes: Codes = q.astype(spec.qtype.container)
+    return codes
 
 
 def dequantize(codes: Codes, scale: Floats, zero_point: Codes | None, spec: QuantSpec) -> Floats:
@@ -130,8 +131,9 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int, *, signed: bool
     per_byte = 8 // bits
     mask = np.uint8(2**bits - 1)
     parts = [(packed.reshape(-1) >> np.uint8(bits * i)) & mask for i in range(per_byte)]
-    codes = np.stack(parts, axis=1).reshape(-1)[:count]
+    codes = np.stack(parts, axis=1).reshape(-1)[:count].astype(np.uint8)
     if not signed:
         return codes
     half = 2 ** (bits - 1)
-    return ((codes.astype(np.int8) + half) % (2 * half) - half).astype(np.int8)
+    wrapped: Codes = ((codes.astype(np.int16) + half) % (2 * half) - half).astype(np.int8)
+    return wrapped

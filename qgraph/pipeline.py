@@ -19,8 +19,8 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qgraph import errors, registry
-from qgraph.files import Spool
 from qgraph.plan import QuantPlan
+from qgraph.spool import Spool
 
 if TYPE_CHECKING:
     from qgraph.recipe import Recipe
@@ -283,9 +283,11 @@ class Timer(Instrument):
         self._started = 0.0
 
     def before(self, each: Pass, model: ir.Model, ctx: Context) -> None:
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
+        """Stop the clock."""
         self.seconds[each.name] = (
             self.seconds.get(each.name, 0.0) + time.perf_counter() - self._started
         )
@@ -298,6 +300,7 @@ class Printer(Instrument):
         self._names, self._write = after, write
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
+        """Print, if the pass is named."""
         from qgraph import printer
 
         if "*" in self._names or each.name in self._names:
@@ -312,6 +315,7 @@ class Dumper(Instrument):
         folder.mkdir(parents=True, exist_ok=True)
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
+        """Save the model as it is now."""
         from qgraph import files, printer
 
         self._count += 1
@@ -327,5 +331,6 @@ class StopAfter(Instrument):
         self._name = name
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
+        """Stop, if this was the pass."""
         if each.name == self._name:
             raise StopPipeline

@@ -1,4 +1,4 @@
-"""The plan: what shall be quantized how, and why. It lives between `assign-precision` and `insert-qdq`, nowhere else."""
+"""The plan: what shall be quantized how, and why. It lives from `assign-precision` to `insert-qdq`, nowhere else."""
 
 from __future__ import annotations
 

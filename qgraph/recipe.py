@@ -182,7 +182,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="int4",
-            summary="4-bit weights in groups of 32 with zero points; embeddings, convolutions and the most sensitive 9 % in int8",
+            summary="4-bit weights in groups of 32; int8 for embeddings, convolutions and the most sensitive 9 %",
             rules=(
                 _TIED,
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT),
@@ -201,7 +201,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="int4-g128",
-            summary="as int4, in groups of 128: 0.6 bits per weight less and faster kernels, somewhat more error",
+            summary="as int4, in groups of 128: 0.8 bits per weight less and faster kernels, somewhat more error",
             rules=(
                 _TIED,
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT),

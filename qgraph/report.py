@@ -156,10 +156,11 @@ class Report:
             operators = ", ".join(f"{k} x{v}" if v > 1 else k for k, v in e.operators.items())
             size = f"{e.float_bytes} → {e.stored_bytes}" if e.spec else f"{e.float_bytes}"
             sqnr = "" if e.sqnr_db is None else f"{e.sqnr_db:.1f}"
+            runs = ", ".join(dict.fromkeys(e.runs or e.forms))
             why = f"{e.code} {e.reason}".strip()
             shape = "x".join(map(str, e.shape))
             lines.append(
-                f"| {e.label} | {operators} | {shape} | {e.spec or 'float'} | {size} | {sqnr} | {', '.join(dict.fromkeys(e.runs or e.forms))} | {why} |"
+                f"| {e.label} | {operators} | {shape} | {e.spec or 'float'} | {size} | {sqnr} | {runs} | {why} |"
             )
         lines += [
             "",

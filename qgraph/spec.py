@@ -197,9 +197,10 @@ class QTensor:
         half = 2 ** (spec.qtype.bits - 1)
 
         def shift(codes: Codes) -> Codes:
-            return (codes.astype(np.int16) + (-half if signed else half)).astype(
+            shifted: Codes = (codes.astype(np.int16) + (-half if signed else half)).astype(
                 spec.qtype.container
             )
+            return shifted
 
         zero_point = None if self.zero_point is None else shift(self.zero_point)
         return replace(self, spec=spec, codes=shift(self.codes), zero_point=zero_point)
@@ -220,7 +221,8 @@ class QTensor:
             self.zero_point.shape != want or self.zero_point.dtype != self.codes.dtype
         ):
             raise ValueError(
-                f"zero_point is {self.zero_point.dtype}{list(self.zero_point.shape)}, want {self.codes.dtype}{list(want)}"
+                f"zero_point is {self.zero_point.dtype}{list(self.zero_point.shape)}, "
+                f"want {self.codes.dtype}{list(want)}"
             )
         if self.zero_point is None and not self.spec.symmetric:
             raise ValueError(f"{self.spec} is asymmetric but there is no zero_point")

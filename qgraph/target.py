@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.files import Spool
 from qgraph.spec import QTensor, QuantSpec
+from qgraph.spool import Spool
 from qgraph.weights import Use, Weight
 
 
@@ -133,6 +133,7 @@ class Writer:
         self._spool = spool
         self._ancestors = graph.ancestors(model)
         self._shared: dict[tuple[Any, ...], ir.Value] = {}
+        self._computed: dict[tuple[Any, ...], tuple[ir.Value, ...]] = {}
 
     def place(self, weight: Weight, use: Use) -> tuple[ir.Graph, ir.Node]:
         """Where a DequantizeLinear for this use goes: the graph that holds its constants, and the node it precedes.
@@ -181,11 +182,13 @@ class Writer:
 
         return self.constant(key, name, make, home)
 
-    def memo(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
-        """A computed value that several uses share (a quantized activation), made on first use."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+    def memo(
+        self, key: tuple[Any, ...], make: Callable[[], tuple[ir.Value, ...]]
+    ) -> tuple[ir.Value, ...]:
+        """Computed values that several uses share (a quantized activation), made on first use."""
+        if key not in self._computed:
+            self._computed[key] = make()
+        return self._computed[key]
 
     def require(self, domains: Mapping[str, int]) -> None:
         """Import the operator sets that a form uses."""

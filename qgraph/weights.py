@@ -74,7 +74,7 @@ class Matrix:
         if spec.group == 0 and len(n_axes) == 1:
             return n_axes[0], 0, (tensor[n_axes[0]],)
         if len(wide) > 1:
-            return f"groups of {spec.group} would run over {len(wide)} axes of a {list(tensor)} tensor; ONNX blocks one axis"
+            return f"blocks would run over {len(wide)} axes of a {list(tensor)} tensor; ONNX blocks one axis"
         axis = wide[0] if wide else k_axes[-1]
         size = spec.group or tensor[axis]
         return axis, size, tuple(-(-d // size) if a == axis else d for a, d in enumerate(tensor))

@@ -55,15 +55,13 @@ def _fold_one(model: ir.Model, norm: ir.Node, names: graph.Names) -> bool:
     weight = conv.inputs[1]
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     parameters = [graph.small_array(v) for v in norm.inputs[1:5]]
-    if (
-        not graph.is_constant(weight)
-        or len(weight.uses()) != 1
-        or any(p is None for p in parameters)
-    ):  # type: ignore[union-attr]
+    if weight is None or not graph.is_constant(weight) or len(weight.uses()) != 1:
+        return False
+    if any(p is None for p in parameters):
         return False
     if bias is not None and graph.small_array(bias) is None:
         return False
-    assert weight is not None and weight.const_value is not None
+    assert weight.const_value is not None
     gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
     factor = gamma / np.sqrt(variance + graph.attribute(norm, "epsilon", 1e-5))
     old_bias = (
@@ -74,9 +72,8 @@ def _fold_one(model: ir.Model, norm: ir.Node, names: graph.Names) -> bool:
     spread = tuple(-1 if a == axis else 1 for a in range(len(tensor.shape)))
 
     def scaled() -> Array:
-        return (np.asarray(tensor.numpy(), np.float64) * factor.reshape(spread)).astype(
-            tensor.dtype.numpy()
-        )
+        product: Array = np.asarray(tensor.numpy(), np.float64) * factor.reshape(spread)
+        return product.astype(tensor.dtype.numpy())
 
     # A folded weight is a new constant under the old one's name: reports and globs keep working.
     _replace_constant(

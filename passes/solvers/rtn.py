@@ -94,7 +94,7 @@ def _assemble(spec: QuantSpec, shape: tuple[int, int], parts: list[_Part]) -> QT
     def joined(index: int, want: tuple[int, int], dtype: Any) -> npt.NDArray[Any]:
         if not parts:
             return np.zeros(want, dtype)
-        return np.concatenate([p[index] for p in parts]).reshape(want)  # type: ignore[arg-type]
+        return np.concatenate([p[index] for p in parts]).reshape(want)
 
     signed = QuantSpec(
         spec.storage(signed=spec.symmetric).qtype, spec.block, spec.symmetric, spec.scale_dtype

@@ -111,24 +111,12 @@ class DynamicInteger(Form):
             ("scale", ir.DataType.FLOAT),
             ("zero_point", ir.DataType.UINT8),
         )
-        key = ("dynamic", id(body), x)
-        made: list[ir.Value] = []
 
-        def make(kind: str) -> ir.Value:
-            if not made:
-                made.extend(
-                    graph.value(writer.names(f"{x.name}.{name}"), dtype) for name, dtype in kinds
-                )
-                graph.add_node(
-                    node,
-                    "DynamicQuantizeLinear",
-                    [x],
-                    made,
-                    name=writer.names(f"{x.name}.DynamicQuantizeLinear"),
-                )
-            return made[[name for name, _ in kinds].index(kind)]
+        def make() -> tuple[ir.Value, ...]:
+            made = [graph.value(writer.names(f"{x.name}.{name}"), dtype) for name, dtype in kinds]
+            name = writer.names(f"{x.name}.DynamicQuantizeLinear")
+            graph.add_node(node, "DynamicQuantizeLinear", [x], made, name=name)
+            return tuple(made)
 
-        first, second, third = (
-            writer.memo((*key, name), lambda n=name: make(n)) for name, _ in kinds
-        )  # type: ignore[misc]
-        return first, second, third
+        quantized, scale, zero_point = writer.memo(("dynamic", id(body), x), make)
+        return quantized, scale, zero_point

@@ -60,7 +60,8 @@ OPENVINO = register(
         },
         inspect=inspect,
         notes=(
-            "OpenVINO quantizes activations of compressed MatMuls at run time by its own choice; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns that off.",
+            "OpenVINO quantizes activations of compressed MatMuls by itself, at run time",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE=0 in OpenVINO turns that off",
         ),
     )
 )
