@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qgraph import errors, graph, opset_schema, verify, verify_rules
 from qgraph.opset_adapters import ADAPTERS
-from qgraph.opset_edit import Edit, Refused
+from qgraph.opset_edit import Edit, Ranks, Refused
 from qgraph.opset_schema import Schema
 from qgraph.verify_rules import Scope
 
@@ -47,11 +47,12 @@ def raise_opset(model: ir.Model, version: int) -> None:
             )
         )
     if any(_is_work(scope, node, version) for scope, node in _nodes_below(model, version)):
-        blockers = _unsorted(model) or _convert(graph.clone(model), version)
+        ranks = Ranks(model)
+        blockers = _unsorted(model) or _convert(graph.clone(model), version, ranks)
         if blockers:
             raise errors.UnsupportedError(*blockers)
         # The copy went through, and the steps depend on nothing but the graph.
-        _convert(model, version)
+        _convert(model, version, ranks)
     _declare(model, version)
 
 
@@ -95,7 +96,7 @@ def _unsorted(model: ir.Model) -> list[errors.Diagnostic]:
     ]
 
 
-def _convert(model: ir.Model, version: int) -> list[errors.Diagnostic]:
+def _convert(model: ir.Model, version: int, ranks: Ranks) -> list[errors.Diagnostic]:
     """Raise every node; returns what is in the way."""
     blockers = []
     names = graph.Names(model)
@@ -104,7 +105,7 @@ def _convert(model: ir.Model, version: int) -> list[errors.Diagnostic]:
         for value in held:
             names(value.name or "")  # asking for a name reserves it
     for scope, node in _nodes_below(model, version):
-        edit = Edit(scope.imports, names, in_function=scope.function is not None)
+        edit = Edit(scope.imports, names, ranks, in_function=scope.function is not None)
         try:
             _raise(node, scope.imports[""], version, edit)
             while edit.created:

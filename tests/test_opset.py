@@ -484,6 +484,21 @@ class TestGraph:
         assert bound is not None
         assert bound.dtype == ir.DataType.FLOAT
 
+    def test_ranks_are_inferred_where_none_is_declared(self) -> None:
+        model = parse("h = MatMul(x, w) y = Softmax <axis = 1> (h)", 11)
+
+        def refuse() -> ir.TensorProtocol:
+            raise AssertionError("was read")
+
+        weight = graph.value("w", ir.DataType.FLOAT, [4, 1000])
+        weight.const_value = ir.LazyTensor(
+            refuse, dtype=ir.DataType.FLOAT, shape=ir.Shape([4, 1000])
+        )
+        model.graph.register_initializer(weight)
+        model.graph[0].replace_input_with(1, weight)
+        opset.raise_opset(model, 21)
+        assert [n.op_type for n in model.graph] == ["MatMul", "Softmax"]
+
     def test_weights_are_not_read(self, tmp_path: Path) -> None:
         model = parse("m = MatMul(x, x) y = ReduceMean <axes = [1]> (m)", 13)
 
