@@ -125,6 +125,8 @@ def _against_schema(scope: Scope, node: ir.Node, schema: Schema) -> Iterator[Fin
                 scope.at(node),
                 f"attribute {name!r} of {node.op_type} is {attribute.type.name}, must be {want}",
             )
+    if node.op_type == "Constant" and node.domain == "" and len(node.attributes) != 1:
+        yield Finding(scope.at(node), f"Constant has {len(node.attributes)} values, must have one")
     for name, formal_attribute in schema.attributes.items():
         if formal_attribute.required and name not in node.attributes:
             yield Finding(scope.at(node), f"{node.op_type} needs its attribute {name!r}")

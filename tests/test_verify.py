@@ -13,7 +13,17 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qgraph import errors, files, graph, opset_schema, verify, verify_equivalent, verify_rules
+from qgraph import (
+    errors,
+    files,
+    graph,
+    models,
+    opset_schema,
+    verify,
+    verify_equivalent,
+    verify_rules,
+)
+from qgraph.models import odd
 
 NO_DATA = "QGRAPH_TEST_DATA names no folder with models"
 UNREADABLE = {"pipeline_vectorize.onnx"}  # has a map as input, which onnx_ir does not read
@@ -90,12 +100,62 @@ class TestRules:
         model.graph.register_initializer(value)
         assert verify.verify(model) == []
 
+    @pytest.mark.parametrize("seed", range(20))
+    def test_never_raises(self, seed: int) -> None:
+        """Whatever is broken, it is reported: nodes lose inputs, outputs, attributes, types and names."""
+        rng = np.random.default_rng(seed)
+        builders = [*odd.ODD.values(), lambda: models.build("tiny-llama")]
+        for build in rng.choice(np.array(builders, object), 12, replace=False):
+            model = build()
+            for _ in range(4):
+                break_something(model, rng)
+                assert isinstance(verify.verify(model), list)
+
     def test_is_fast(self) -> None:
         model = chain(2000)
         verify.verify(model)  # fills the schema cache
         seconds = min(timed(model) for _ in range(5))
         print(f"verify: {seconds * 1e3:.1f} ms for 2000 nodes")
         assert seconds < 0.06 * slowness()
+
+
+def break_something(model: ir.Model, rng: np.random.Generator) -> None:
+    """One random fault."""
+    nodes = graph.nodes(model) or [ir.Node("", "Relu", [])]
+    node = nodes[rng.integers(len(nodes))]
+    other = nodes[rng.integers(len(nodes))]
+    fault = rng.integers(9)
+    if fault == 0 and node.inputs:
+        node.resize_inputs(len(node.inputs) - 1)
+    elif fault == 1 and node.inputs:
+        node.replace_input_with(int(rng.integers(len(node.inputs))), None)
+    elif fault == 2 and node.inputs and other.outputs:
+        node.replace_input_with(0, other.outputs[0])
+    elif fault == 3:
+        node.op_type, node.domain = rng.choice(
+            [
+                ["DequantizeLinear", ""],
+                ["QuantizeLinear", ""],
+                ["MatMulNBits", "com.microsoft"],
+                ["GatherBlockQuantized", "com.microsoft"],
+                ["Loop", ""],
+                ["Nothing", "some.where"],
+            ]
+        ).tolist()
+        node.attributes["block_size"] = ir.AttrInt64("block_size", int(rng.integers(-1, 40)))
+        node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(rng.integers(0, 99)))
+        node.attributes["N"] = node.attributes["K"] = ir.AttrInt64("K", int(rng.integers(0, 99)))
+    elif fault == 4 and node.attributes:
+        del node.attributes[next(iter(node.attributes))]
+    elif fault == 5 and node.outputs:
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape([]), None
+    elif fault == 6 and node.outputs:
+        node.outputs[0].name = (other.outputs[0].name if other.outputs else "") or "x"
+    elif fault == 7:
+        model.graph.opset_imports[""] = int(rng.integers(-1, 30))
+    elif model.graph.initializers:
+        held = list(model.graph.initializers.values())
+        held[rng.integers(len(held))].const_value = None
 
 
 def timed(model: ir.Model) -> float:

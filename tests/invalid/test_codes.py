@@ -238,6 +238,14 @@ def missing_attribute(is_broken: bool) -> ir.Model:
     return model
 
 
+@case("V06", "c", "Constant has 0 values, must have one")
+def constant_without_value(is_broken: bool) -> ir.Model:
+    model = parse("g () => (float y) { [c] y = Constant <value_float = 1.0> () }")
+    if is_broken:
+        model.graph[0].attributes.clear()
+    return model
+
+
 @case("V06", "n", "has no attribute 'axes'")
 def unknown_attribute(is_broken: bool) -> ir.Model:
     model = parse("g (float[4] x) => (float[4] y) { [n] y = Softmax <axis = 0> (x) }")
