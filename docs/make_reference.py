@@ -50,9 +50,8 @@ def text() -> str:
                 if rule.sensitive
                 else ""
             )
-            parts.append(
-                f"| {rule.id} | {', '.join(rule.ops) or 'all'}{' (tied)' if rule.tied else ''} | {specs} | {rule.activations} |"
-            )
+            operators = (", ".join(rule.ops) or "all") + (" (tied)" if rule.tied else "")
+            parts.append(f"| {rule.id} | {operators} | {specs} | {rule.activations} |")
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"
 
@@ -72,7 +71,8 @@ def _pass(kind: Any) -> list[str]:
         "",
         _summary(kind) + (f" ({about.rstrip('.')})" if about else ""),
         "",
-        f"Needs {facts(kind.needs)}; gives {facts(kind.gives)}; breaks {facts(kind.breaks)}; keeps the function {kind.keeps.value}.",
+        f"Needs {facts(kind.needs)}; gives {facts(kind.gives)}; breaks {facts(kind.breaks)}. "
+        f"Keeps: {kind.keeps.value}.",
         "",
         *_options(kind.Options),
     ]

@@ -261,7 +261,8 @@ def _ledger(ctx: Context) -> list[Entry]:
             entry.mse = record["squared_error"] / max(record["elements"], 1)
             entry.pass_name = "insert-qdq"
         ledger.append(entry)
-    return ledger
+    arrived = [r["entry"] for name, r in ctx.records.items() if name not in ctx.plan.decisions]
+    return ledger + arrived
 
 
 def _inspect(report: Report, ctx: Context, goal: Target, path: Path) -> None:
