@@ -71,7 +71,7 @@ def _pass(kind: Any) -> list[str]:
         "",
         _summary(kind) + (f" ({about.rstrip('.')})" if about else ""),
         "",
-        f"Needs {facts(kind.needs)}; gives {facts(kind.gives)}; breaks {facts(kind.breaks)}. "
+        f"Needs {facts(kind.needs)}; gives {facts(kind.gives)}; breaks {facts(kind.breaks)}.",
         f"Keeps: {kind.keeps.value}.",
         "",
         *_options(kind.Options),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx.shape_inference
 import onnx_ir as ir
 
-from qgraph import graph, opset_schema
+from qgraph import graph, schemas
 
 
 class Refused(Exception):
@@ -201,7 +201,7 @@ class Edit:
 
     def _same_type(self, node: ir.Node, value: ir.Value) -> ir.Value | None:
         """The input of a node that has, by the schema, the type of one of its outputs."""
-        schema = opset_schema.find(
+        schema = schemas.find(
             node.domain, node.op_type, self._imports.get(node.domain, self.version)
         )
         index = value.index()

@@ -13,17 +13,9 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qgraph import (
-    errors,
-    files,
-    graph,
-    models,
-    opset_schema,
-    verify,
-    verify_equivalent,
-    verify_rules,
-)
+from qgraph import errors, files, graph, models, schemas, verify
 from qgraph.models import odd
+from qgraph.verify import equivalence, rules
 
 NO_DATA = "QGRAPH_TEST_DATA names no folder with models"
 UNREADABLE = {"pipeline_vectorize.onnx"}  # has a map as input, which onnx_ir does not read
@@ -56,12 +48,12 @@ def loads(path: Path) -> bool:
 
 class TestRules:
     def test_codes_are_unique_and_in_order(self) -> None:
-        codes = [r.code for r in verify_rules.RULES]
+        codes = [r.code for r in rules.RULES]
         assert len(set(codes)) == len(codes)
         assert set(codes) == {f"V{i:02}" for i in range(1, 14)}
 
     def test_every_rule_says_what_it_claims(self) -> None:
-        assert all(r.find.__doc__ for r in verify_rules.RULES)
+        assert all(r.find.__doc__ for r in rules.RULES)
 
     def test_weights_listed_as_inputs_are_no_fault(self) -> None:
         model = parse("g (float[4] x, float[4] w) => (float[4] y) { y = Add(x, w) }", opset=8)
@@ -238,7 +230,7 @@ class TestEquivalent:
 
     def test_large_models_go_through_a_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = chain(30)
-        monkeypatch.setattr(verify_equivalent, "IN_MEMORY", 100)
+        monkeypatch.setattr(equivalence, "IN_MEMORY", 100)
         assert verify.equivalent(model, model, [{"x": np.ones((4, 4), np.float32)}]).ok
 
     def test_relative_to_the_largest_value(self) -> None:
@@ -288,7 +280,7 @@ class TestEquivalent:
         ],
     )
     def test_relative_error(self, a: list[float], b: list[float], expected: float) -> None:
-        assert verify_equivalent.relative_error(np.array(a), np.array(b)) == pytest.approx(expected)
+        assert equivalence.relative_error(np.array(a), np.array(b)) == pytest.approx(expected)
 
     def test_sequences(self) -> None:
         body = "g (float[4] x) => (seq(float[4]) y) {{ z = {}(x) y = SequenceConstruct(x, z) }}"
@@ -408,21 +400,21 @@ class TestSampleFeeds:
 
 class TestSchemas:
     def test_standard_and_contrib(self) -> None:
-        relu = opset_schema.find("", "Relu", 21)
+        relu = schemas.find("", "Relu", 21)
         assert relu is not None
         assert (relu.since, relu.input_counts) == (14, (1, 1))
-        nbits = opset_schema.find("com.microsoft", "MatMulNBits", 1)
+        nbits = schemas.find("com.microsoft", "MatMulNBits", 1)
         assert nbits is not None
         assert nbits.attributes["K"].required
-        assert opset_schema.find("", "Nothing", 21) is None
-        assert opset_schema.find("some.where", "Relu", 1) is None
+        assert schemas.find("", "Nothing", 21) is None
+        assert schemas.find("some.where", "Relu", 1) is None
 
     def test_a_kernel_without_end_fits_its_first_version_only(self) -> None:
-        assert opset_schema.has_kernel("", "RandomNormal", 1)
-        assert not opset_schema.has_kernel("", "RandomNormal", 22)
-        assert opset_schema.has_kernel("", "Mish", 18)  # by its function body
+        assert schemas.has_kernel("", "RandomNormal", 1)
+        assert not schemas.has_kernel("", "RandomNormal", 22)
+        assert schemas.has_kernel("", "Mish", 18)  # by its function body
 
     def test_loadable(self) -> None:
-        assert opset_schema.is_loadable(10, 21)
-        assert not opset_schema.is_loadable(99, 21)
-        assert not opset_schema.is_loadable(10, 99)
+        assert schemas.is_loadable(10, 21)
+        assert not schemas.is_loadable(99, 21)
+        assert not schemas.is_loadable(10, 99)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.verify_rules import Finding, Scope, rule, tensor_dtype, tensor_shape
+from qgraph.verify.rules import Finding, Scope, rule, tensor_dtype, tensor_shape
 
 SMALL = 4096  # scales with more elements are not read
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.opset_edit import Edit, Refused
+from qgraph.opset.edit import Edit, Refused
 
 Adapter: TypeAlias = Callable[[ir.Node, Edit], None]
 
