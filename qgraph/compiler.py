@@ -137,6 +137,7 @@ def optimize(
         )
     work = files.load(model)
     _refuse_broken(work)
+    files.check_apart(destination, model, work)
     source = _source_name(model)
     float_bytes = files.file_bytes(source) if os.path.isfile(source) else files.weight_bytes(work)
     timer = Timer()
