@@ -7,7 +7,7 @@ through one Transpose (tied embeddings): it is quantized once and stays shared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -305,6 +305,10 @@ def _rnn(node: ir.Node, rank: int) -> Matrix | str:
     return Matrix((0, 1, 2), 2)
 
 
+def _unknown(text: str) -> Callable[[ir.Node, int], str]:
+    return lambda node, rank: text
+
+
 LAYOUTS: dict[tuple[str, str, int], Any] = {
     ("", "MatMul", 1): ("matmul", _matmul),
     ("", "MatMul", 0): ("matmul", _matmul_left),
@@ -314,6 +318,15 @@ LAYOUTS: dict[tuple[str, str, int], Any] = {
     ("", "Gather", 0): ("gather", _gather),
     ("", "Slice", 0): ("slice", _slice),
     **{("", op, index): ("rnn", _rnn) for op in ("LSTM", "GRU", "RNN") for index in (1, 2)},
+    # Operators that hold weights and have no quantized form here yet: listed, so that the report can say so.
+    ("", "Einsum", 1): ("einsum", _unknown("this Einsum is no product with a matrix")),
+    **{
+        ("com.microsoft", op, 1): (
+            "fused",
+            _unknown(f"com.microsoft.{op} is fused already; quantize the model before fusing it"),
+        )
+        for op in ("Attention", "FusedMatMul", "FusedGemm", "FusedConv", "NhwcFusedConv")
+    },
 }
 
 
