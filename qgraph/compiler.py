@@ -396,5 +396,6 @@ def _stamp(model: ir.Model, chosen: recipes.Recipe) -> None:
     model.metadata_props["qgraph"] = (
         f"{qgraph.__version__} {chosen.name} {chosen.target} seed={chosen.seed}"
     )
-    if chosen != recipes.PRESETS.get(chosen.name):
+    preset = recipes.PRESETS.get(chosen.name)
+    if preset is None or chosen != preset.model_copy(update={"target": chosen.target}):
         model.metadata_props["qgraph.recipe"] = chosen.to_json()
