@@ -143,6 +143,7 @@ _NO_DATA = (
     "a convolution is faster in int8 only with activations calibrated on data (--data), which needs static INT8, "
     "not in this version yet; --recipe int8-weights makes it smaller"
 )
+_NO_GAIN = "dynamic int8 convolutions are no faster than float on CPU; --recipe int8-weights makes them smaller"
 
 PRESETS: dict[str, Recipe] = {
     r.name: r
@@ -167,7 +168,7 @@ PRESETS: dict[str, Recipe] = {
                 _rule(
                     "conv",
                     FLOAT,
-                    reason="dynamic int8 convolutions are no faster than float on CPU; --recipe int8-weights makes them smaller",
+                    reason=_NO_GAIN,
                 ),
                 _rule("rnn", "int8.ch", FLOAT),
             ),
