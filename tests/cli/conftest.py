@@ -32,7 +32,10 @@ class Done:
 
 @pytest.fixture
 def run():
-    runner = CliRunner()
+    try:
+        runner = CliRunner(mix_stderr=False)  # before click 8.2
+    except TypeError:
+        runner = CliRunner()
 
     def call(*args, **kwargs):
         return Done(runner.invoke(app.app, [str(a) for a in args], prog_name="qgraph", **kwargs))

@@ -75,7 +75,7 @@ def test_truncated(refuses, cnn, keep):
     assert "is the file complete?" in err
 
 
-@pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x00" * 100])
+@pytest.mark.parametrize("content", [b"", b"not a model at all", bytes(100)], ids=len)
 def test_no_model(refuses, tmp_path, content):
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
@@ -429,7 +429,7 @@ def test_ctrl_c(run, cnn, monkeypatch, tmp_path, snapshot):
     monkeypatch.setattr(compiler, "optimize", interrupted)
     before = snapshot(tmp_path)
     done = run("optimize", cnn, "-o", cnn.with_name("q.onnx"))
-    assert (done.code, done.err) == (130, "interrupted\n")
+    assert (done.code, done.err.strip()) == (130, "interrupted")
     assert snapshot(tmp_path) == before
 
 

@@ -25,7 +25,8 @@ def parse(words):
         context = command.make_context(name, list(words), parent=context)
         if not hasattr(command, "commands"):
             return
-        words = [*getattr(context, "_protected_args", []), *context.args]
+        first = "_protected_args" if hasattr(context, "_protected_args") else "protected_args"
+        words = [*getattr(context, first, ()), *context.args]
         name, command, words = command.resolve_command(context, words)
 
 
