@@ -87,7 +87,7 @@ class Root(TyperGroup):
         except Exception as e:  # noqa: BLE001 - nothing may reach a person as a traceback
             code = report(e, as_json="--json" in given, is_verbose=is_verbose)
         if code == INTERRUPTED:
-            sys.stderr.write("interrupted\n")
+            typer.echo("interrupted", err=True)
         if standalone_mode:
             sys.exit(code)
         return code
