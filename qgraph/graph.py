@@ -16,6 +16,12 @@ import onnx_ir as ir
 from qgraph import errors
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_CONSTANT_DTYPES = {
+    "value_float": ir.DataType.FLOAT,
+    "value_floats": ir.DataType.FLOAT,
+    "value_int": ir.DataType.INT64,
+    "value_ints": ir.DataType.INT64,
+}
 
 
 def nodes(model: ir.Model) -> list[ir.Node]:
@@ -109,6 +115,9 @@ def add_initializer(
 ) -> ir.Value:
     """Register a constant under a fresh name (see `Names`) and return its value."""
     tensor = ir.tensor(data, name=name) if isinstance(data, np.ndarray) else data
+    if tensor.name != name:
+        # onnx_ir renames a tensor to its value when it saves, and this one may be another model's too.
+        tensor = _named(tensor, name)
     made = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
@@ -119,6 +128,12 @@ def add_initializer(
         raise ValueError(f"initializer {name!r} exists already")
     graph.register_initializer(made)
     return made
+
+
+def _named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The same data under another name, without a copy."""
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=name)
 
 
 def add_node(
@@ -191,17 +206,28 @@ def is_constant(v: ir.Value | None) -> bool:
     )
 
 
+def node_constant(v: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node's output, else None; also for sparse ones and for a function's parameters.
+
+    onnx_ir's own helper renames the tensor, which the caller's model may share, and raises for sparse ones.
+    """
+    node = v.producer()
+    if node is None or node.op_type != "Constant" or node.domain != "":
+        return None
+    held = next(iter(node.attributes.values()), None)
+    if held is None or held.is_ref():
+        return None
+    if held.name == "value":
+        return held.as_tensor()
+    dtype = _CONSTANT_DTYPES.get(held.name)
+    return None if dtype is None else ir.tensor(held.value, dtype=dtype)
+
+
 def small_array(v: ir.Value | None, limit: int = 65536) -> npt.NDArray[Any] | None:
     """The data of a small constant (initializer or Constant node), else None."""
     if v is None:
         return None
-    tensor: ir.TensorProtocol | None = None
-    if is_constant(v):
-        tensor = v.const_value
-    else:
-        producer = v.producer()
-        if producer is not None and producer.op_type == "Constant" and producer.domain == "":
-            tensor = ir.convenience.get_const_tensor(v)
+    tensor = v.const_value if is_constant(v) else node_constant(v)
     if tensor is None or tensor.size > limit or tensor.dtype == ir.DataType.STRING:
         return None
     return np.asarray(tensor.numpy())

@@ -41,7 +41,7 @@ def lift(model: ir.Model) -> bool:
         for node in list(each):
             if node.op_type != "Constant" or node.domain != "" or node.outputs[0].is_graph_output():
                 continue
-            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            tensor = graph.node_constant(node.outputs[0])
             if tensor is None or tensor.dtype not in graph.FLOATS or len(tensor.shape) == 0:
                 continue
             graph.replace_uses(node.outputs[0], adopt(tensor, str(node.outputs[0].name)))
@@ -212,7 +212,7 @@ def _evaluate_later(node: ir.Node) -> ir.TensorProtocol:
 
 def _operand(v: ir.Value | None) -> ir.TensorProtocol:
     assert v is not None
-    tensor = v.const_value if v.const_value is not None else ir.convenience.get_const_tensor(v)
+    tensor = v.const_value if v.const_value is not None else graph.node_constant(v)
     assert tensor is not None
     return tensor
 
