@@ -22,7 +22,7 @@ _int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 class Problem(ctypes.Structure):
     """QgMatMul of runtime_ops/qgraph_ops.h."""
 
-    _fields_ = [  # noqa: RUF012  ctypes wants a plain list
+    _fields_ = [
         ("isa", _int32),
         ("format", _int32),
         *((name, _int64) for name in ("m", "n", "k", "group", "activation_bits")),
