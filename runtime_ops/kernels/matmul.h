@@ -11,8 +11,6 @@
 #include "kernels/probe.h"
 #include "kernels/quantize.h"
 
-#define QG_UNROLL _Pragma("GCC unroll 16")
-
 namespace qgraph {
 namespace {
 
@@ -72,7 +70,7 @@ void int4_int8_tile(const MatMulTask& t, int64_t tile, int64_t row, bool prefetc
   const float* x_scales = t.x_scales + row * blocks;
   int64_t group = tile * t.groups, units_left = t.group_units;
   Floats totals[Rows], partial[Rows];
-  for (int r = 0; r < Rows; ++r) totals[r] = partial[r] = Lanes::float_zero();
+  QG_UNROLL for (int r = 0; r < Rows; ++r) totals[r] = partial[r] = Lanes::float_zero();
   int64_t block_left = t.block_units;
   for (int64_t u = 0; u < units; ++u) {
     Ints sums[C][Rows];
@@ -134,7 +132,7 @@ void int4_int8_tile(const MatMulTask& t, int64_t tile, int64_t row, bool prefetc
       units_left = t.group_units;
     }
   }
-  for (int r = 0; r < Rows; ++r) write(t, row + r, tile, totals[r]);
+  QG_UNROLL for (int r = 0; r < Rows; ++r) write(t, row + r, tile, totals[r]);
 }
 
 template <int Rows>
@@ -172,7 +170,7 @@ void int4_float_tile(const MatMulTask& t, int64_t tile, int64_t row) {
   const uint8_t* codes = t.codes + tile * t.steps * kTileBytes;
   const float* x = t.x_float + row * t.steps * kInt4Step;
   Floats totals[Rows];
-  for (int r = 0; r < Rows; ++r) totals[r] = Lanes::float_zero();
+  QG_UNROLL for (int r = 0; r < Rows; ++r) totals[r] = Lanes::float_zero();
   for (int64_t g = 0; g < t.groups; ++g) {
     const int64_t group = tile * t.groups + g;
     Floats zero_point = Lanes::float_zero();
@@ -180,7 +178,7 @@ void int4_float_tile(const MatMulTask& t, int64_t tile, int64_t row) {
       zero_point = Lanes::to_float(Lanes::bytes(t.zero_points + group * kTileRows));
     }
     Floats low[Rows], high[Rows];
-    for (int r = 0; r < Rows; ++r) low[r] = high[r] = Lanes::float_zero();
+    QG_UNROLL for (int r = 0; r < Rows; ++r) low[r] = high[r] = Lanes::float_zero();
     const int64_t steps = std::min(group_steps, t.steps - g * group_steps);
     for (int64_t s = 0; s < steps; ++s) {
       const Codes c = Lanes::load(codes);
@@ -200,7 +198,7 @@ void int4_float_tile(const MatMulTask& t, int64_t tile, int64_t row) {
       totals[r] = Lanes::fma(Lanes::add(low[r], high[r]), scale, totals[r]);
     }
   }
-  for (int r = 0; r < Rows; ++r) write(t, row + r, tile, totals[r]);
+  QG_UNROLL for (int r = 0; r < Rows; ++r) write(t, row + r, tile, totals[r]);
 }
 
 template <int Rows>
@@ -216,9 +214,9 @@ void ternary_int8_rows(const MatMulTask& t, int64_t tile, int64_t row, bool pref
   const uint8_t* codes = t.codes + tile * t.steps * kTileBytes;
   const int8_t* x = t.x + row * t.steps * kTernaryStep;
   Ints sums[C][Rows];
-  for (int r = 0; r < Rows; ++r) sums[0][r] = Lanes::all(t.x_negative_sums[row + r]);
-  for (int c = 1; c < C; ++c) {
-    for (int r = 0; r < Rows; ++r) sums[c][r] = Lanes::zero();
+  QG_UNROLL for (int r = 0; r < Rows; ++r) sums[0][r] = Lanes::all(t.x_negative_sums[row + r]);
+  QG_UNROLL for (int c = 1; c < C; ++c) {
+    QG_UNROLL for (int r = 0; r < Rows; ++r) sums[c][r] = Lanes::zero();
   }
   for (int64_t s = 0; s < t.steps; ++s) {
     if (prefetch) Lanes::prefetch(codes + kAhead);
@@ -235,9 +233,9 @@ void ternary_int8_rows(const MatMulTask& t, int64_t tile, int64_t row, bool pref
     x += kTernaryStep * Rows;
   }
   const Floats scale = Lanes::load(t.row_scales + tile * kTileRows);
-  for (int r = 0; r < Rows; ++r) {
+  QG_UNROLL for (int r = 0; r < Rows; ++r) {
     Ints sum = sums[0][r];
-    for (int c = 1; c < C; ++c) sum = Lanes::add(sum, sums[c][r]);
+    QG_UNROLL for (int c = 1; c < C; ++c) sum = Lanes::add(sum, sums[c][r]);
     const Floats both = Lanes::multiply(scale, Lanes::all(t.x_scales[row + r]));
     write(t, row + r, tile, Lanes::multiply(Lanes::to_float(sum), both));
   }
@@ -252,7 +250,7 @@ void ternary_float_rows(const MatMulTask& t, int64_t tile, int64_t row, bool) {
   const float* x = t.x_float + row * t.steps * kTernaryStep;
   const Floats none = Lanes::float_zero();
   Floats even[Rows], odd[Rows];
-  for (int r = 0; r < Rows; ++r) even[r] = odd[r] = none;
+  QG_UNROLL for (int r = 0; r < Rows; ++r) even[r] = odd[r] = none;
   for (int64_t s = 0; s < t.steps; ++s) {
     const Codes c = Lanes::load(codes);
 #define QG_FIELD(f)                                                                    \
@@ -261,42 +259,48 @@ void ternary_float_rows(const MatMulTask& t, int64_t tile, int64_t row, bool) {
   float_column<Rows, 16 + 2 * f, false>(even, table, c, none, x + (4 * f + 2) * Rows); \
   float_column<Rows, 24 + 2 * f, false>(odd, table, c, none, x + (4 * f + 3) * Rows);
     QG_FIELD(0)
-    QG_FIELD(1) QG_FIELD(2) QG_FIELD(3)
+    QG_FIELD(1)
+    QG_FIELD(2)
+    QG_FIELD(3)
 #undef QG_FIELD
-        codes += kTileBytes;
+    codes += kTileBytes;
     x += kTernaryStep * Rows;
   }
   const Floats scale = Lanes::load(t.row_scales + tile * kTileRows);
-  for (int r = 0; r < Rows; ++r) {
+  QG_UNROLL for (int r = 0; r < Rows; ++r) {
     write(t, row + r, tile, Lanes::multiply(Lanes::add(even[r], odd[r]), scale));
   }
 }
 
-// Every block of rows against each tile: the codes of a tile stay in the cache meanwhile.
-#define QG_BLOCKS(kernel)                                                                       \
-  void kernel(const MatMulTask& t) {                                                            \
-    for (int64_t tile = t.first_tile; tile < t.last_tile; ++tile) {                             \
-      for (int64_t row = 0; row < t.m; row += Lanes::kBlockRows) {                              \
-        /* With one row and a short tile, the CPU's own prefetching does better. */             \
-        const bool prefetch = row == 0 && (t.m > 1 || t.steps > 1024);                          \
-        switch (std::min<int64_t>(Lanes::kBlockRows, t.m - row)) {                              \
-          case 1: kernel##_rows<1>(t, tile, row, prefetch); break;                              \
-          case 2: kernel##_rows<2>(t, tile, row, prefetch); break;                              \
-          case 3: kernel##_rows<std::min(3, Lanes::kBlockRows)>(t, tile, row, prefetch); break; \
-          case 4: kernel##_rows<std::min(4, Lanes::kBlockRows)>(t, tile, row, prefetch); break; \
-          case 5: kernel##_rows<std::min(5, Lanes::kBlockRows)>(t, tile, row, prefetch); break; \
-          case 6: kernel##_rows<std::min(6, Lanes::kBlockRows)>(t, tile, row, prefetch); break; \
-          case 7: kernel##_rows<std::min(7, Lanes::kBlockRows)>(t, tile, row, prefetch); break; \
-          default: kernel##_rows<Lanes::kBlockRows>(t, tile, row, prefetch); break;             \
-        }                                                                                       \
-      }                                                                                         \
-    }                                                                                           \
+// Every block of rows against each tile: the codes of a tile stay in the cache meanwhile, so only
+// the first block asks for those ahead.
+#define QG_ROWS(kernel, rows) \
+  case rows: kernel##_rows<std::min(rows, Lanes::kBlockRows)>(t, tile, row, row == 0); break;
+#define QG_BLOCKS(kernel)                                                           \
+  void kernel(const MatMulTask& t) {                                                \
+    for (int64_t tile = t.first_tile; tile < t.last_tile; ++tile) {                 \
+      for (int64_t row = 0; row < t.m; row += Lanes::kBlockRows) {                  \
+        switch (std::min<int64_t>(Lanes::kBlockRows, t.m - row)) {                  \
+          QG_ROWS(kernel, 1)                                                        \
+          QG_ROWS(kernel, 2)                                                        \
+          QG_ROWS(kernel, 3)                                                        \
+          QG_ROWS(kernel, 4)                                                        \
+          QG_ROWS(kernel, 5)                                                        \
+          QG_ROWS(kernel, 6)                                                        \
+          QG_ROWS(kernel, 7)                                                        \
+          default: kernel##_rows<Lanes::kBlockRows>(t, tile, row, row == 0); break; \
+        }                                                                           \
+      }                                                                             \
+    }                                                                               \
   }
 
 QG_BLOCKS(int4_int8)
 QG_BLOCKS(int4_float)
 QG_BLOCKS(ternary_int8)
 QG_BLOCKS(ternary_float)
+
+#undef QG_BLOCKS
+#undef QG_ROWS
 
 }  // namespace
 

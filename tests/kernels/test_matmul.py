@@ -302,4 +302,4 @@ def test_the_probes_run():
     sink = ctypes.c_int32()
     assert found.dll.qg_probe_read(data.ctypes.data, data.nbytes, ctypes.byref(sink)) == 9984
     for number in found.isas.values():
-        assert found.dll.qg_probe_dot(number, 10, ctypes.byref(sink)) == 10 * 8 * 64
+        assert found.dll.qg_probe_dot(number, 10, ctypes.byref(sink)) == 10 * 16 * 64
