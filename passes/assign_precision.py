@@ -131,16 +131,16 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
     def stays(code: str, reason: str) -> Decision:
         return Decision(weight.name, "weight", None, reason=reason, by=by, code=code)
 
-    if rule is None:
-        return stays(
-            "QG310", f"no rule of recipe {ctx.recipe.name!r} matches {weight.uses[0].node.op_type}"
-        )
     blocked = next((u.reason for u in weight.uses if u.reason), "")
-    if blocked:
-        return stays("QG311", blocked)
     if n * k < ctx.recipe.min_elements:
         return stays(
             "QG312", f"it has fewer elements than min_elements = {ctx.recipe.min_elements}"
+        )
+    if blocked:
+        return stays("QG311", blocked)
+    if rule is None:
+        return stays(
+            "QG310", f"no rule of recipe {ctx.recipe.name!r} matches {weight.uses[0].node.op_type}"
         )
     if len({(u.matrix.shape(weight.dims)) for u in weight.uses}) > 1:
         return stays("QG313", "its uses sum over different axes, so no grouping serves all of them")

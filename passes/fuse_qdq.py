@@ -2,12 +2,13 @@
 
     MatMul(x, DequantizeLinear(codes, scale))   →   MatMulNBits(x, codes', scale')      on target ort
 
-Works on what insert-qdq wrote and on models that arrive with their own Q/DQ. A pair that the target has no better
-form for stays as it is, and a note says why.
+This serves models that arrive with their own Q/DQ; what insert-qdq wrote is in the target's form already. A weight is
+lowered with all its uses or not at all, since its codes would otherwise be stored twice.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ import onnx_ir as ir
 from qgraph import graph, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.registry import register
+from qgraph.report import Entry
 from qgraph.spec import QTYPES, QTensor, QuantSpec
-from qgraph.target import Request, Writer
+from qgraph.target import Form, Request, Writer
 from qgraph.weights import Matrix, Use, Weight
+
+_PORTABLE = "dequantize-linear"
 
 
 @register
@@ -29,118 +33,126 @@ class FuseQdq(Pass):
     name = "fuse-qdq"
     needs = frozenset({Fact.QDQ})
     gives = frozenset({Fact.LOWERED})
-    keeps = Keeps.FLOAT_EQUAL
+    keeps = (
+        Keeps.NOTHING
+    )  # the weights stay, but fused kernels may round activations (accuracy_level 4)
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrite `model` in place."""
+        written = {n["output"] for r in ctx.records.values() for n in r.get("nodes", ())}
         writer = Writer(model, ctx.spool)
         changed = False
-        for node in graph.nodes(model):
-            for index, v in enumerate(node.inputs):
-                found = _quantized_weight(node, index, v)
-                if found is not None and self._lower(writer, *found, ctx):
-                    changed = True
-                    break  # the node is gone
+        for weight, dequantize in _arrived_quantized(model):
+            if not any(str(u.node.outputs[0].name) in written for u in weight.uses):
+                changed |= self._lower(writer, weight, dequantize, ctx)
         graph.remove_dead(model)
         return changed
 
-    def _lower(self, writer: Writer, weight: Weight, use: Use, q: QTensor, ctx: Context) -> bool:
-        dtype = ir.DataType["FLOAT16" if q.spec.scale_dtype == "float16" else "FLOAT"]
-        support = ctx.target.support(
-            Request(use, weight.dims, dtype, q.spec, None), graph.opset(writer.model)
+    def _lower(self, writer: Writer, weight: Weight, dequantize: ir.Node, ctx: Context) -> bool:
+        q = _read(dequantize, weight)
+        forms, refused = (
+            ([], "its blocks are no blocks of rows")
+            if q is None
+            else self._forms(weight, q, ctx, writer)
         )
-        if support.form is None:
-            ctx.report(
-                "missed",
-                "QG501",
-                weight.label,
-                f"stays DequantizeLinear + {use.node.op_type}: {support.reason}",
+        entry = _entry(weight, q)
+        ctx.records[weight.name] = {"entry": entry}
+        if q is None or refused or all(f.name == _PORTABLE for f in forms):
+            entry.forms = [_PORTABLE] * len(weight.uses)
+            why = refused or "DequantizeLinear is the form of this target"
+            entry.reason = f"arrived quantized and stays as it is: {why}"
+            return False
+        nodes = []
+        for use, form in zip(weight.uses, forms, strict=True):
+            made = form.write(writer, weight, use, q, None)
+            nodes.append(
+                {"form": form.name, "node": made.name or "", "output": str(made.outputs[0].name)}
             )
-            return False
-        if support.form.name == "dequantize-linear":
-            return False
-        output = str(use.node.outputs[0].name)
-        made = support.form.write(writer, weight, use, q, None)
-        record = next(
-            (
-                r
-                for r in ctx.records.values()
-                if any(n["output"] == output for n in r.get("nodes", ()))
-            ),
-            None,
+        ctx.records[weight.name]["nodes"] = nodes
+        entry.forms = [n["form"] for n in nodes]
+        entry.reason, entry.pass_name = (
+            "arrived quantized; its codes and scales are kept",
+            self.name,
         )
-        if record is None:
-            record = ctx.records.setdefault(weight.name, {"spec": str(q.spec), "from_model": True})
-        nodes = [n for n in record.get("nodes", []) if n["output"] != output]
-        record["nodes"] = [
-            *nodes,
-            {
-                "form": support.form.name,
-                "node": made.name or "",
-                "output": str(made.outputs[0].name),
-            },
-        ]
         return True
 
-
-def _quantized_weight(
-    node: ir.Node, index: int, v: ir.Value | None
-) -> tuple[Weight, Use, QTensor] | None:
-    """The weight behind a DequantizeLinear of constants, as a matrix for this use of it."""
-    producer = v.producer() if v is not None else None
-    if (
-        v is None
-        or producer is None
-        or producer.op_type != "DequantizeLinear"
-        or producer.domain != ""
-    ):
-        return None
-    layout = weights.LAYOUTS.get((node.domain, node.op_type, index))
-    codes = producer.inputs[0]
-    if layout is None or codes is None or not graph.is_constant(codes):
-        return None
-    assert codes.const_value is not None
-    dims = tuple(codes.const_value.shape.numpy())
-    kind, rule = layout
-    matrix = rule(node, len(dims))
-    if isinstance(matrix, str):
-        return None
-    q = _read(producer, matrix, dims)
-    if q is None:
-        return None
-    weight = Weight(codes, str(codes.name))
-    use = Use(node, index, kind, matrix)
-    weight.uses.append(use)
-    return weight, use, q
+    def _forms(
+        self, weight: Weight, q: QTensor, ctx: Context, writer: Writer
+    ) -> tuple[list[Form], str]:
+        dtype = ir.DataType["FLOAT16" if q.spec.scale_dtype == "float16" else "FLOAT"]
+        forms = []
+        for use in weight.uses:
+            request = Request(use, weight.dims, dtype, q.spec, None, weight.is_tied)
+            support = ctx.target.support(request, graph.opset(writer.model))
+            if support.form is None:
+                return [], support.reason
+            forms.append(support.form)
+        return forms, ""
 
 
-def _read(dequantize: ir.Node, matrix: Matrix, dims: tuple[int, ...]) -> QTensor | None:
+def _arrived_quantized(model: ir.Model) -> list[tuple[Weight, ir.Node]]:
+    """Constants behind DequantizeLinear whose every reader is an operator that may have them in another form."""
+    found: list[tuple[Weight, ir.Node]] = []
+    groups: dict[ir.Value, list[ir.Node]] = {}
+    for node in graph.nodes(model):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" and node.domain == "" else None
+        if codes is not None and graph.is_constant(codes) and len(weights.tensor_shape(codes)) >= 2:
+            groups.setdefault(codes, []).append(node)
+    for codes, dequantizers in groups.items():
+        uses = _uses(codes, dequantizers)
+        alike = len({(id(d.inputs[1]), str(sorted(d.attributes))) for d in dequantizers}) == 1
+        if uses and alike and len({u.matrix for u in uses}) == 1:
+            found.append(
+                (Weight(codes, str(codes.name).removesuffix(".codes"), uses), dequantizers[0])
+            )
+    return found
+
+
+def _uses(codes: ir.Value, dequantizers: list[ir.Node]) -> list[Use]:
+    """All uses of the dequantized weight, or none where any reader is no operator with a weight there."""
+    uses: list[Use] = []
+    if any(node not in dequantizers for node, _ in codes.uses()):
+        return []
+    for dequantize in dequantizers:
+        for node, index in dequantize.outputs[0].uses():
+            readers: list[tuple[ir.Node, int, ir.Node | None]] = [(node, index, None)]
+            if node.op_type == "Transpose":
+                readers = [(n, i, node) for n, i in node.outputs[0].uses()]
+            for reader, place, through in readers:
+                use = weights.use_of(reader, place, len(weights.tensor_shape(codes)), through)
+                if use is None or use.reason:
+                    return []
+                uses.append(use)
+        if dequantize.outputs[0].is_graph_output():
+            return []
+    return uses
+
+
+def _entry(weight: Weight, q: QTensor | None) -> Entry:
+    operators = dict(Counter(u.node.op_type for u in weight.uses))
+    entry = Entry(weight.name, weight.label, operators, weight.dims, weight.nbytes, weight.nbytes)
+    entry.by = "the model"
+    entry.spec = str(q.spec) if q is not None else "quantized"
+    return entry
+
+
+def _read(dequantize: ir.Node, weight: Weight) -> QTensor | None:
     """The QTensor of a DequantizeLinear, or None where its granularity is no [N, K] block."""
+    matrix, dims = weight.matrix, weight.dims
     codes, scale = dequantize.inputs[:2]
     zero = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
     if not graph.is_constant(scale) or (zero is not None and not graph.is_constant(zero)):
         return None
-    assert (
-        codes is not None
-        and scale is not None
-        and codes.const_value is not None
-        and scale.const_value is not None
-    )
+    assert codes is not None and scale is not None
+    assert codes.const_value is not None and scale.const_value is not None
     name = codes.const_value.dtype.name.lower()
     if name not in QTYPES:
         return None
     qtype = QTYPES[name]
-    axis = int(graph.attribute(dequantize, "axis", 1)) % max(len(dims), 1)
+    axis = int(graph.attribute(dequantize, "axis", 1)) % len(dims)
     block = int(graph.attribute(dequantize, "block_size", 0))
-    n_axes, k_axes = matrix.perm[: matrix.rows], matrix.perm[matrix.rows :]
-    grain: tuple[int, int]
-    if graph.array(scale).size == 1 and not block:
-        grain = (0, 0)
-    elif not block and (axis,) == n_axes:
-        grain = (1, 0)
-    elif block and (axis,) == k_axes:
-        grain = (1, 0 if block >= dims[axis] else block)
-    else:
+    grain = _grain(matrix, dims, graph.array(scale).size, axis, block)
+    if grain is None:
         return None
 
     def per_block(constant: ir.Value) -> npt.NDArray[Any]:
@@ -156,5 +168,22 @@ def _read(dequantize: ir.Node, matrix: Matrix, dims: tuple[int, ...]) -> QTensor
     kind = "float16" if scale.const_value.dtype == ir.DataType.FLOAT16 else "float32"
     held: Any = np.ascontiguousarray(matrix.of(graph.array(codes))).astype(qtype.container)
     zero_point: Any = None if symmetric else points.astype(qtype.container)
-    spec = QuantSpec(qtype, grain, symmetric, kind)
-    return QTensor(spec, held, per_block(scale).astype(np.float32), zero_point)
+    return QTensor(
+        QuantSpec(qtype, grain, symmetric, kind),
+        held,
+        per_block(scale).astype(np.float32),
+        zero_point,
+    )
+
+
+def _grain(
+    matrix: Matrix, dims: tuple[int, ...], scales: int, axis: int, block: int
+) -> tuple[int, int] | None:
+    n_axes, k_axes = matrix.perm[: matrix.rows], matrix.perm[matrix.rows :]
+    if scales == 1 and not block:
+        return (0, 0)
+    if not block and (axis,) == n_axes:
+        return (1, 0)
+    if block and (axis,) == k_axes:
+        return (1, 0 if block >= dims[axis] else block)
+    return None

@@ -70,8 +70,11 @@ class SolveWeights(Pass):
 def make_solver(name: str, ctx: Context) -> Solver:
     """The solver of that name with the recipe's options."""
     kind = registry.get("solver", name)
+    options = dict(ctx.recipe.solvers.get(name, {}))
+    if ctx.threads and "threads" in kind.Options.model_fields:
+        options.setdefault("threads", ctx.threads)
     try:
-        made: Solver = kind(**ctx.recipe.solvers.get(name, {}))
+        made: Solver = kind(**options)
     except ValidationError as e:
         keys = [".".join(map(str, p["loc"])) for p in e.errors()]
         raise errors.RecipeError(

@@ -9,33 +9,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qgraph import errors, files, registry
+from qgraph import errors, files, ledger, registry
 from qgraph import recipe as recipes
 from qgraph import verify as verifier
+from qgraph.floors import Floors
 from qgraph.instruments import EquivalenceChecker, Verifier
 from qgraph.pipeline import Context, Instrument, Pipeline, Timer
 from qgraph.report import Entry, Report
 from qgraph.spool import Spool
 from qgraph.target import Target
-
-if TYPE_CHECKING:
-    from qgraph.evaluate import Comparison
-
-INSPECT_UNDER = 8 << 30
-
-
-class FloorMissed(errors.AccuracyError):
-    """An accuracy floor was missed; `report` tells all about the model that was not written."""
-
-    def __init__(self, report: Report, problems: Sequence[errors.Diagnostic]) -> None:
-        super().__init__(*problems)
-        self.report = report
 
 
 @dataclass
@@ -114,120 +101,83 @@ def optimize(
         errors.VerificationError: a pass broke the model or its promise.
         errors.AccuracyError: an accuracy floor was missed; nothing is written.
     """
-    chosen = recipes.load(recipe, overrides)
-    goal = (
-        registry.get("target", target or chosen.target)
-        if not isinstance(target, Target)
-        else target
-    )
-    if goal.name != chosen.target:
-        chosen = chosen.model_copy(update={"target": goal.name})
+    chosen, goal = _resolve(recipe, overrides, target)
     destination = files.check_output(output, force=force) if output is not None else None
     pipeline = Pipeline(chosen.pipeline, {k: dict(v) for k, v in chosen.options.items()})
-    _check_solvers(chosen)
-    if (min_sqnr is not None or max_kl is not None) and data is None:
-        raise errors.InputError(
-            errors.Diagnostic(
-                "error",
-                "QG130",
-                "--min-sqnr/--max-kl",
-                "an accuracy floor needs data to be measured on",
-                "give --data",
-            )
-        )
+    floors = Floors(data, min_sqnr, max_kl)
+    floors.require_data()
     work = files.load(model)
     _refuse_broken(work)
-    source = _source_name(model)
-    float_bytes = files.file_bytes(source) if os.path.isfile(source) else files.weight_bytes(work)
-    timer = Timer()
-    ctx = Context(
-        goal,
-        chosen,
-        data=data,
-        rng=np.random.default_rng(chosen.seed),
-        spool=Spool(destination.parent if destination else None),
-        threads=threads,
-    )
-    if progress is not None:
-        ctx.progress = progress
+    files.check_apart(destination, model, work)
+    report = _new_report(model, work, chosen, goal, destination)
+    spool = Spool(destination.parent if destination else None)
+    ctx = Context(goal, chosen, data=data, spool=spool, threads=threads)
+    ctx.progress = progress or ctx.progress
+    timer, checker = Timer(), EquivalenceChecker()
     watchers: list[Instrument] = [timer]
-    checker = None
     if verify != "off":
         watchers.append(Verifier(every=verify == "each"))
     if verify == "each":
-        checker = EquivalenceChecker()
         watchers.append(checker)
     pipeline.run(work, ctx, [*watchers, *instruments])
-    report = Report(
-        source,
-        str(destination or ""),
-        chosen.name,
-        goal.name,
-        float_bytes,
-        seconds=timer.seconds,
-        versions=_versions(),
+    report.seconds, report.checks, report.diagnostics = (
+        timer.seconds,
+        checker.lines,
+        ctx.diagnostics,
     )
-    report.resolved_recipe = chosen.model_dump(mode="json")
-    report.notes = list(goal.notes)
-    report.checks = checker.lines if checker else []
-    report.diagnostics = ctx.diagnostics
-    report.ledger = _ledger(ctx)
+    report.ledger = ledger.entries(ctx)
     _stamp(work, chosen)
     result = Result(work, report, report.metrics)
-    _finish(
-        result, model, goal, destination, inspect, force, external_data, min_sqnr, max_kl, data, ctx
-    )
+    # Saved under a temporary name, looked at, held to the floors: only then does the output appear.
+    with _staging(destination) as folder:
+        staged = files.save(
+            work,
+            folder / (destination.name if destination else "model.onnx"),
+            external_data=external_data,
+            progress=lambda name, share: ctx.progress(f"saving {name}", share),
+        )
+        report.output_bytes = files.file_bytes(staged)
+        if inspect:
+            ledger.ask_runtime(report, ctx, goal, staged, model)
+        ledger.say_what_was_missed(report, goal)
+        floors.hold(report, model, staged)
+        if destination is not None:
+            result.path = files.publish(staged, destination, force=force)
+    ctx.progress("done", 1.0)
     return result
 
 
-def _finish(
-    result: Result,
-    model: files.Source,
-    goal: Target,
-    destination: Path | None,
-    inspect: bool,
-    force: bool,
-    external_data: bool | None,
-    min_sqnr: float | None,
-    max_kl: float | None,
-    data: Any,
-    ctx: Context,
-) -> None:
-    """Save under a temporary name, look at what runs, hold the floors, and only then let the output appear."""
-    ctx.progress("saving", 0.0)
-    report = result.report
-    with _staging(destination) as folder:
-        name = destination.name if destination is not None else "model.onnx"
-        staged = files.save(
-            result.model,
-            folder / name,
-            external_data=external_data,
-            progress=lambda n, share: ctx.progress(f"saving {n}", share),
-        )
-        report.output_bytes = files.file_bytes(staged)
-        if inspect and goal.inspect is not None:
-            _inspect(report, ctx, goal, staged)
-        _missed(report, goal)
-        if min_sqnr is not None or max_kl is not None:
-            _hold_floors(report, model, staged, data, min_sqnr, max_kl)
-        if destination is not None:
-            files.publish(staged, destination, force=force)
-            result.path = destination
-    ctx.progress("done", 1.0)
+def _resolve(
+    recipe: str | os.PathLike[str] | dict[str, Any] | recipes.Recipe,
+    overrides: Sequence[str],
+    target: str | Target | None,
+) -> tuple[recipes.Recipe, Target]:
+    """The whole recipe and the target, with every name in them known to exist."""
+    chosen = recipes.load(recipe, overrides)
+    goal = target if isinstance(target, Target) else registry.get("target", target or chosen.target)
+    for name in [*chosen.solvers, *(r.solver for r in chosen.rules)]:
+        registry.get("solver", name)
+    return chosen.model_copy(update={"target": goal.name}), goal
+
+
+def _new_report(
+    model: files.Source, work: ir.Model, chosen: recipes.Recipe, goal: Target, output: Path | None
+) -> Report:
+    source = (
+        "(model in memory)" if isinstance(model, (ir.Model, onnx.ModelProto)) else os.fspath(model)
+    )
+    size = files.file_bytes(source) if os.path.isfile(source) else files.weight_bytes(work)
+    report = Report(source, str(output or ""), chosen.name, goal.name, size, versions=_versions())
+    report.resolved_recipe = chosen.model_dump(mode="json")
+    report.notes = list(goal.notes)
+    return report
 
 
 @contextlib.contextmanager
 def _staging(destination: Path | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(
-        prefix=".qgraph-", dir=destination.parent if destination else None
-    ) as folder:
+    beside = destination.parent if destination else None
+    with tempfile.TemporaryDirectory(prefix=".qgraph-", dir=beside) as folder:
         yield Path(folder)
-
-
-def _source_name(model: files.Source) -> str:
-    return (
-        "(model in memory)" if isinstance(model, (ir.Model, onnx.ModelProto)) else os.fspath(model)
-    )
 
 
 def _refuse_broken(model: ir.Model) -> None:
@@ -236,148 +186,6 @@ def _refuse_broken(model: ir.Model) -> None:
         raise errors.InputError(
             *(errors.Diagnostic("error", d.code, d.where, d.message, d.hint) for d in found[:10])
         )
-
-
-def _check_solvers(chosen: recipes.Recipe) -> None:
-    for name in [*chosen.solvers, *(r.solver for r in chosen.rules)]:
-        registry.get("solver", name)
-
-
-def _ledger(ctx: Context) -> list[Entry]:
-    """What the plan decided about every weight, and what was written."""
-    ledger = []
-    for decision in ctx.plan.decisions.values():
-        if decision.role != "weight":
-            continue
-        record = ctx.records.get(decision.value, {})
-        entry: Entry = record["entry"]
-        entry.reason, entry.by, entry.code = decision.reason, decision.by, decision.code
-        if decision.spec is not None and "nodes" in record:
-            entry.spec = str(decision.spec)
-            entry.activation = str(decision.activation) if decision.activation else ""
-            entry.stored_bytes = record["stored_bytes"]
-            entry.forms = [n["form"] for n in record["nodes"]]
-            entry.sqnr_db = record["sqnr_db"]
-            entry.mse = record["squared_error"] / max(record["elements"], 1)
-            entry.pass_name = "insert-qdq"
-        ledger.append(entry)
-    return ledger
-
-
-def _inspect(report: Report, ctx: Context, goal: Target, path: Path) -> None:
-    """Ask the runtime what it executes for every use, and warn of what it does not fuse."""
-    outputs = [n["output"] for r in ctx.records.values() for n in r.get("nodes", ())]
-    if not outputs or goal.inspect is None:
-        return
-    ctx.progress(f"asking {goal.name} what it runs", 0.0)
-    try:
-        ran = goal.inspect(str(path), outputs)
-    except errors.RuntimeFailure as e:
-        report.diagnostics.extend(
-            errors.Diagnostic(
-                "warning", d.code, d.where, f"what runs could not be checked: {d.message}", d.hint
-            )
-            for d in e.diagnostics
-        )
-        return
-    for entry in report.ledger:
-        nodes = ctx.records.get(entry.weight, {}).get("nodes", ())
-        entry.runs = [str(ran[n["output"]].kernel) for n in nodes if n["output"] in ran]
-    report.checks.append(
-        f"the fusion check opened the model in {goal.name} and read the graph that it executes"
-    )
-
-
-def _missed(report: Report, goal: Target) -> None:
-    """Say aloud what stayed float, and when nothing was quantized at all."""
-    for code, reason, count, size in report.stayed_float():
-        report.diagnostics.append(
-            errors.Diagnostic(
-                "missed",
-                code,
-                f"{count} weight{'s' if count > 1 else ''} ({size} bytes)",
-                f"stays float: {reason}",
-            )
-        )
-    if report.ledger and not report.quantized:
-        report.diagnostics.append(
-            errors.Diagnostic(
-                "warning",
-                "QG320",
-                "",
-                f"nothing was quantized for target {goal.name}; the output is the canonicalized float model",
-                "the lines above say why",
-            )
-        )
-    elif not report.ledger:
-        report.diagnostics.append(
-            errors.Diagnostic(
-                "warning",
-                "QG321",
-                "",
-                "the model has no weights that qgraph can quantize; the output is the canonicalized float model",
-                "see: qgraph inspect MODEL",
-            )
-        )
-
-
-def _hold_floors(
-    report: Report,
-    model: files.Source,
-    staged: Path,
-    data: Any,
-    min_sqnr: float | None,
-    max_kl: float | None,
-) -> None:
-    from qgraph import evaluate
-
-    comparison = evaluate.compare(model, staged, data, rounds=0)
-    report.metrics.update(comparison.to_json())
-    problems = floor_problems(comparison, min_sqnr, max_kl)
-    if problems:
-        raise FloorMissed(report, problems)
-
-
-def floor_problems(
-    comparison: Comparison, min_sqnr: float | None, max_kl: float | None
-) -> list[errors.Diagnostic]:
-    """The floors that a comparison misses, as errors."""
-    remedy = "try --recipe int8-weights, or keep the worst weights float (see --report)"
-    problems = []
-    if min_sqnr is not None:
-        problems += [
-            _missed_floor(
-                "QG701", name, f"SQNR is {db:.1f} dB, the floor is {min_sqnr:g} dB", remedy
-            )
-            for name, db in (
-                (o.name, o.error.sqnr_db) for o in comparison.outputs if o.error is not None
-            )
-            if not db >= min_sqnr
-        ]
-    if max_kl is None:
-        return problems
-    judged = [
-        (o.name, o.divergence.kl_mean.value) for o in comparison.outputs if o.divergence is not None
-    ]
-    problems += [
-        _missed_floor(
-            "QG702", name, f"KL divergence is {mean:.3g} nats, the ceiling is {max_kl:g}", remedy
-        )
-        for name, mean in judged
-        if not mean <= max_kl
-    ]
-    if not judged:
-        text = "no output looks like predictions over classes, so there is no KL divergence"
-        problems.append(
-            errors.Diagnostic(
-                "error", "QG703", "--max-kl", text, "name it with --logits, or use --min-sqnr"
-            )
-        )
-    return problems
-
-
-def _missed_floor(code: str, output: str, message: str, hint: str) -> errors.Diagnostic:
-    return errors.Diagnostic("error", code, f"output {output!r}", message, hint)
 
 
 def _versions() -> dict[str, str]:
@@ -394,5 +202,6 @@ def _stamp(model: ir.Model, chosen: recipes.Recipe) -> None:
     model.metadata_props["qgraph"] = (
         f"{qgraph.__version__} {chosen.name} {chosen.target} seed={chosen.seed}"
     )
-    if chosen != recipes.PRESETS.get(chosen.name):
+    preset = recipes.PRESETS.get(chosen.name)
+    if preset is None or chosen != preset.model_copy(update={"target": chosen.target}):
         model.metadata_props["qgraph.recipe"] = chosen.to_json()

@@ -222,6 +222,9 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
             "exists already",
             "pass --force (force=True) to replace it, or give another name",
         )
+    elif not force and (data := target.with_name(target.name + ".data")).exists():
+        problem = f"would be saved beside {data.name}, which exists already"
+        hint = "pass --force (force=True) to replace both, or give another name"
     elif not target.parent.is_dir():
         problem, hint = (
             f"cannot be written: there is no folder {str(target.parent)!r}",
@@ -235,6 +238,20 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     if problem:
         raise errors.InputError(errors.Diagnostic("error", "QG105", str(target), problem, hint))
     return target
+
+
+def check_apart(output: Path | None, source: Source, model: ir.Model) -> None:
+    """Refuse, even with `force`, an output that would replace files of the model that is read."""
+    tensors = (v.const_value for _, v in graph.initializers(model))
+    held = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+    if isinstance(source, (str, os.PathLike)):
+        held.add(Path(os.fspath(source)).resolve())
+    for written in (output, output.with_name(output.name + ".data")) if output else ():
+        if written.resolve() in held:
+            text = "belongs to the float model, which is never overwritten"
+            raise errors.InputError(
+                errors.Diagnostic("error", "QG105", str(written), text, "give another name")
+            )
 
 
 def save(
@@ -317,6 +334,8 @@ def publish(staged: Path, path: str | os.PathLike[str], *, force: bool = False) 
         # The data first: a model must never be visible without it.
         if data.exists():
             os.replace(data, beside)
+        else:
+            beside.unlink(missing_ok=True)
         os.replace(staged, target)
     except OSError as e:
         raise errors.InputError(

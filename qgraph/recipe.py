@@ -139,7 +139,11 @@ _TIED = Rule(
     id="tied", ops=_KIND_OPS["embedding"], tied=True, weights=("int8.g32", "int8.ch", FLOAT)
 )
 
-_NO_DATA = "without calibration data its activations stay float, so it would be smaller but not faster; give --data"
+_NO_DATA = (
+    "a convolution is faster in int8 only with activations calibrated on data (--data), which needs static INT8, "
+    "not in this version yet; --recipe int8-weights makes it smaller"
+)
+_NO_GAIN = "dynamic int8 convolutions are no faster than float on CPU; --recipe int8-weights makes them smaller"
 
 PRESETS: dict[str, Recipe] = {
     r.name: r
@@ -164,7 +168,7 @@ PRESETS: dict[str, Recipe] = {
                 _rule(
                     "conv",
                     FLOAT,
-                    reason="dynamic int8 convolutions are slower than float on CPU; give --data for static int8",
+                    reason=_NO_GAIN,
                 ),
                 _rule("rnn", "int8.ch", FLOAT),
             ),

@@ -177,9 +177,11 @@ class Report:
 def megabytes(nbytes: int) -> str:
     """A size for people.
 
-    >>> megabytes(3_604_262)
-    '3.60 MB'
+    >>> megabytes(3_604_262), megabytes(32)
+    ('3.60 MB', '32 B')
     """
+    if nbytes < 1000:
+        return f"{nbytes} B"
     return f"{nbytes / 1e6:.2f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB"
 
 

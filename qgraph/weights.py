@@ -7,7 +7,7 @@ through one Transpose (tied embeddings): it is quantized once and stays shared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,9 +172,13 @@ def find(model: ir.Model) -> list[Weight]:
             source, through = _source(v)
             if source is None:
                 continue
-            use = _use(node, index, source, through)
+            use = use_of(node, index, len(tensor_shape(source)), through)
             if use is None:
                 continue
+            if source.is_graph_input() and not use.reason:
+                use = replace(
+                    use, reason="it is a graph input with a default, so a caller may override it"
+                )
             if node.graph is not model.graph:
                 use = replace(use, in_body=True)
             weight = found.setdefault(source, Weight(source, _label(source, node)))
@@ -212,9 +216,15 @@ def _source(v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
     return v, through
 
 
-def _use(node: ir.Node, index: int, source: ir.Value, through: ir.Node | None) -> Use | None:
-    assert source.const_value is not None
-    rank = len(source.const_value.shape)
+def use_of(node: ir.Node, index: int, rank: int, through: ir.Node | None = None) -> Use | None:
+    """How input `index` of a node uses a weight tensor of that rank; None where that input is no weight.
+
+    Args:
+        node: the operator.
+        index: which input of it.
+        rank: of the weight tensor.
+        through: the Transpose between the weight and the node, if any.
+    """
     found = LAYOUTS.get((node.domain, node.op_type, index))
     if found is None:
         return None
@@ -226,12 +236,13 @@ def _use(node: ir.Node, index: int, source: ir.Value, through: ir.Node | None) -
         # The node sees source.transpose(order): its dimension d is the source's dimension order[d].
         order = graph.attribute(through, "perm", list(reversed(range(rank))))
         answer = Matrix(tuple(int(order[p]) for p in answer.perm), answer.rows)
-    reason = (
-        "it is a graph input with a default, so a caller may override it"
-        if source.is_graph_input()
-        else ""
-    )
-    return Use(node, index, kind, answer, through, reason)
+    return Use(node, index, kind, answer, through)
+
+
+def tensor_shape(constant: ir.Value) -> tuple[int, ...]:
+    """Shape of a constant's data."""
+    assert constant.const_value is not None
+    return tuple(constant.const_value.shape.numpy())
 
 
 def _matmul(node: ir.Node, rank: int) -> Matrix | str:
@@ -294,6 +305,10 @@ def _rnn(node: ir.Node, rank: int) -> Matrix | str:
     return Matrix((0, 1, 2), 2)
 
 
+def _unknown(text: str) -> Callable[[ir.Node, int], str]:
+    return lambda node, rank: text
+
+
 LAYOUTS: dict[tuple[str, str, int], Any] = {
     ("", "MatMul", 1): ("matmul", _matmul),
     ("", "MatMul", 0): ("matmul", _matmul_left),
@@ -303,6 +318,15 @@ LAYOUTS: dict[tuple[str, str, int], Any] = {
     ("", "Gather", 0): ("gather", _gather),
     ("", "Slice", 0): ("slice", _slice),
     **{("", op, index): ("rnn", _rnn) for op in ("LSTM", "GRU", "RNN") for index in (1, 2)},
+    # Operators that hold weights and have no quantized form here yet: listed, so that the report can say so.
+    ("", "Einsum", 1): ("einsum", _unknown("this Einsum is no product with a matrix")),
+    **{
+        ("com.microsoft", op, 1): (
+            "fused",
+            _unknown(f"com.microsoft.{op} is fused already; quantize the model before fusing it"),
+        )
+        for op in ("Attention", "FusedMatMul", "FusedGemm", "FusedConv", "NhwcFusedConv")
+    },
 }
 
 

@@ -3,6 +3,7 @@
 - model-local functions are inlined (our own domain excepted), so that their weights are seen and shared;
 - float constants in nodes and bodies become initializers of the main graph;
 - arithmetic in front of weights is folded, equal constant expressions are merged;
+- Einsum with a constant matrix becomes MatMul;
 - BatchNormalization and Gemm's alpha/beta are folded into weights, in float64;
 - debug metadata of exporters is dropped, dead nodes and initializers go.
 
@@ -15,7 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from qgraph import graph
-from qgraph.passes.canonicalize import affine, constants
+from qgraph.passes.canonicalize import affine, constants, einsum
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
 
@@ -43,6 +44,7 @@ class Canonicalize(Pass):
         changed = _unlist_initializers(model, always=options.freeze_inputs)
         changed |= _inline(model)
         changed |= constants.lift(model)
+        changed |= einsum.to_matmul(model)
         while constants.merge_equal(model) | constants.fold(model):
             changed = True
             graph.remove_dead(model)

@@ -23,7 +23,7 @@ def capabilities() -> dict[str, Any]:
     """
     import onnxruntime
 
-    from qgraph import native, opset_schema
+    from qgraph import native, schemas
 
     try:
         isa: str | None = native.load().isa
@@ -32,8 +32,8 @@ def capabilities() -> dict[str, Any]:
     return {
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
-        "max_opset": _highest(lambda opset: opset_schema.is_loadable(10, opset), 21),
-        "max_ir_version": _highest(lambda version: opset_schema.is_loadable(version, 21), 10),
+        "max_opset": _highest(lambda opset: schemas.is_loadable(10, opset), 21),
+        "max_ir_version": _highest(lambda version: schemas.is_loadable(version, 21), 10),
         "quantize": _type_opsets("QuantizeLinear"),
         "dequantize": _type_opsets("DequantizeLinear"),
         "contrib": {name: ("com.microsoft", name) in _cpu_kernels() for name in _CONTRIB},

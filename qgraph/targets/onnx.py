@@ -19,7 +19,7 @@ ONNX = register(
             "gemm": (DynamicInteger(), Dequantize()),
             "conv": (Dequantize(),),
             "conv_transpose": (Dequantize(),),
-            "gather": (GatherRows(), Dequantize()),
+            "gather": (GatherRows(),),
             "slice": (GatherRows(),),
             "rnn": (Dequantize(),),
         },

@@ -13,7 +13,8 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qgraph import errors, verify, verify_rules
+from qgraph import errors, verify
+from qgraph.verify import rules
 
 Build = Callable[[], ir.Model]
 
@@ -235,6 +236,14 @@ def missing_attribute(is_broken: bool) -> ir.Model:
     model = parse("g (float[4] x) => (float[8] y) { [n] y = Concat <axis = 0> (x, x) }")
     if is_broken:
         del model.graph[0].attributes["axis"]
+    return model
+
+
+@case("V06", "c", "Constant has 0 values, must have one")
+def constant_without_value(is_broken: bool) -> ir.Model:
+    model = parse("g () => (float y) { [c] y = Constant <value_float = 1.0> () }")
+    if is_broken:
+        model.graph[0].attributes.clear()
     return model
 
 
@@ -554,7 +563,7 @@ def test_fixed_twin_loads_in_a_stock_runtime(each: Case) -> None:
 
 def test_every_code_has_a_broken_model() -> None:
     elsewhere = {"V12"}  # needs files, see below
-    assert {c.code for c in CASES} | elsewhere == {r.code for r in verify_rules.RULES}
+    assert {c.code for c in CASES} | elsewhere == {r.code for r in rules.RULES}
 
 
 @pytest.mark.parametrize("fault", ["missing", "short", "length"])

@@ -10,13 +10,60 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx.shape_inference
 import onnx_ir as ir
 
-from qgraph import graph, opset_schema
+from qgraph import graph, schemas
 
 
 class Refused(Exception):
     """A node that cannot be raised; the text completes "Resize cannot be raised to opset 11: ..."."""
+
+
+class Ranks:
+    """Numbers of dimensions by value name, where the model does not declare them: from ONNX's shape inference.
+
+    It runs when first asked, on a copy whose weights are inputs, so that none is read or serialized.
+    """
+
+    LARGE = 1000  # bytes; smaller constants may be shapes, whose values inference needs
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._known: dict[str, int | None] | None = None
+
+    def __call__(self, name: str | None) -> int | None:
+        """The rank of the value of that name, None if it is not known."""
+        if self._known is None:
+            self._known = self._infer()
+        return self._known.get(name or "")
+
+    def _infer(self) -> dict[str, int | None]:
+        copy = graph.clone(self._model)
+        main = copy.graph
+        inner = [v for g, v in graph.initializers(copy) if g is not main]
+        constants = [v for n in graph.nodes(copy) if n.op_type == "Constant" for v in n.outputs]
+        held = [*(v.const_value for v in inner), *map(ir.convenience.get_const_tensor, constants)]
+        if sum(t.nbytes for t in held if t is not None) > 1 << 26:
+            return {}
+        for value in list(main.initializers.values()):
+            if value.const_value is None or value.const_value.nbytes > self.LARGE:
+                del main.initializers[value.name or ""]
+                if not value.is_graph_input():
+                    main.inputs.append(value)
+        try:
+            proto = onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True)
+        except Exception:  # noqa: BLE001  it raises many kinds, and then nothing more is known
+            return {}
+        known: dict[str, int | None] = {}
+        for body in graph.graphs(ir.from_proto(proto)):
+            for value in (v for node in body for v in node.outputs):
+                rank = None if value.shape is None else len(value.shape)
+                # Bodies side by side may use one name for two values.
+                known[value.name or ""] = (
+                    rank if known.get(value.name or "", rank) == rank else None
+                )
+        return known
 
 
 class Edit:
@@ -29,10 +76,11 @@ class Edit:
     """
 
     def __init__(
-        self, imports: Mapping[str, int], names: graph.Names, *, in_function: bool
+        self, imports: Mapping[str, int], names: graph.Names, ranks: Ranks, *, in_function: bool
     ) -> None:
         self._imports = imports
         self._names = names
+        self._ranks = ranks
         self._in_function = in_function
         self.version = 1
         self.only_grows = False
@@ -143,15 +191,17 @@ class Edit:
         return None
 
     def rank(self, value: ir.Value | None) -> int | None:
-        """The number of dimensions, if it is declared."""
+        """The number of dimensions, declared or inferred; None if it is not known."""
         if value is None:
             return None
         shape = value.const_value.shape if value.const_value is not None else value.shape
-        return None if shape is None else len(shape)
+        if shape is None:
+            return None if self._in_function else self._ranks(value.name)
+        return len(shape)
 
     def _same_type(self, node: ir.Node, value: ir.Value) -> ir.Value | None:
         """The input of a node that has, by the schema, the type of one of its outputs."""
-        schema = opset_schema.find(
+        schema = schemas.find(
             node.domain, node.op_type, self._imports.get(node.domain, self.version)
         )
         index = value.index()

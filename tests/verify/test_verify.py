@@ -13,7 +13,9 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qgraph import errors, files, graph, opset_schema, verify, verify_equivalent, verify_rules
+from qgraph import errors, files, graph, models, schemas, verify
+from qgraph.models import odd
+from qgraph.verify import equivalence, rules
 
 NO_DATA = "QGRAPH_TEST_DATA names no folder with models"
 UNREADABLE = {"pipeline_vectorize.onnx"}  # has a map as input, which onnx_ir does not read
@@ -46,12 +48,12 @@ def loads(path: Path) -> bool:
 
 class TestRules:
     def test_codes_are_unique_and_in_order(self) -> None:
-        codes = [r.code for r in verify_rules.RULES]
+        codes = [r.code for r in rules.RULES]
         assert len(set(codes)) == len(codes)
         assert set(codes) == {f"V{i:02}" for i in range(1, 14)}
 
     def test_every_rule_says_what_it_claims(self) -> None:
-        assert all(r.find.__doc__ for r in verify_rules.RULES)
+        assert all(r.find.__doc__ for r in rules.RULES)
 
     def test_weights_listed_as_inputs_are_no_fault(self) -> None:
         model = parse("g (float[4] x, float[4] w) => (float[4] y) { y = Add(x, w) }", opset=8)
@@ -90,12 +92,62 @@ class TestRules:
         model.graph.register_initializer(value)
         assert verify.verify(model) == []
 
+    @pytest.mark.parametrize("seed", range(20))
+    def test_never_raises(self, seed: int) -> None:
+        """Whatever is broken, it is reported: nodes lose inputs, outputs, attributes, types and names."""
+        rng = np.random.default_rng(seed)
+        builders = [*odd.ODD.values(), lambda: models.build("tiny-llama")]
+        for build in rng.choice(np.array(builders, object), 12, replace=False):
+            model = build()
+            for _ in range(4):
+                break_something(model, rng)
+                assert isinstance(verify.verify(model), list)
+
     def test_is_fast(self) -> None:
         model = chain(2000)
         verify.verify(model)  # fills the schema cache
         seconds = min(timed(model) for _ in range(5))
         print(f"verify: {seconds * 1e3:.1f} ms for 2000 nodes")
         assert seconds < 0.06 * slowness()
+
+
+def break_something(model: ir.Model, rng: np.random.Generator) -> None:
+    """One random fault."""
+    nodes = graph.nodes(model) or [ir.Node("", "Relu", [])]
+    node = nodes[rng.integers(len(nodes))]
+    other = nodes[rng.integers(len(nodes))]
+    fault = rng.integers(9)
+    if fault == 0 and node.inputs:
+        node.resize_inputs(len(node.inputs) - 1)
+    elif fault == 1 and node.inputs:
+        node.replace_input_with(int(rng.integers(len(node.inputs))), None)
+    elif fault == 2 and node.inputs and other.outputs:
+        node.replace_input_with(0, other.outputs[0])
+    elif fault == 3:
+        node.op_type, node.domain = rng.choice(
+            [
+                ["DequantizeLinear", ""],
+                ["QuantizeLinear", ""],
+                ["MatMulNBits", "com.microsoft"],
+                ["GatherBlockQuantized", "com.microsoft"],
+                ["Loop", ""],
+                ["Nothing", "some.where"],
+            ]
+        ).tolist()
+        node.attributes["block_size"] = ir.AttrInt64("block_size", int(rng.integers(-1, 40)))
+        node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(rng.integers(0, 99)))
+        node.attributes["N"] = node.attributes["K"] = ir.AttrInt64("K", int(rng.integers(0, 99)))
+    elif fault == 4 and node.attributes:
+        del node.attributes[next(iter(node.attributes))]
+    elif fault == 5 and node.outputs:
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape([]), None
+    elif fault == 6 and node.outputs:
+        node.outputs[0].name = (other.outputs[0].name if other.outputs else "") or "x"
+    elif fault == 7:
+        model.graph.opset_imports[""] = int(rng.integers(-1, 30))
+    elif model.graph.initializers:
+        held = list(model.graph.initializers.values())
+        held[rng.integers(len(held))].const_value = None
 
 
 def timed(model: ir.Model) -> float:
@@ -178,7 +230,7 @@ class TestEquivalent:
 
     def test_large_models_go_through_a_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = chain(30)
-        monkeypatch.setattr(verify_equivalent, "IN_MEMORY", 100)
+        monkeypatch.setattr(equivalence, "IN_MEMORY", 100)
         assert verify.equivalent(model, model, [{"x": np.ones((4, 4), np.float32)}]).ok
 
     def test_relative_to_the_largest_value(self) -> None:
@@ -228,7 +280,7 @@ class TestEquivalent:
         ],
     )
     def test_relative_error(self, a: list[float], b: list[float], expected: float) -> None:
-        assert verify_equivalent.relative_error(np.array(a), np.array(b)) == pytest.approx(expected)
+        assert equivalence.relative_error(np.array(a), np.array(b)) == pytest.approx(expected)
 
     def test_sequences(self) -> None:
         body = "g (float[4] x) => (seq(float[4]) y) {{ z = {}(x) y = SequenceConstruct(x, z) }}"
@@ -348,21 +400,21 @@ class TestSampleFeeds:
 
 class TestSchemas:
     def test_standard_and_contrib(self) -> None:
-        relu = opset_schema.find("", "Relu", 21)
+        relu = schemas.find("", "Relu", 21)
         assert relu is not None
         assert (relu.since, relu.input_counts) == (14, (1, 1))
-        nbits = opset_schema.find("com.microsoft", "MatMulNBits", 1)
+        nbits = schemas.find("com.microsoft", "MatMulNBits", 1)
         assert nbits is not None
         assert nbits.attributes["K"].required
-        assert opset_schema.find("", "Nothing", 21) is None
-        assert opset_schema.find("some.where", "Relu", 1) is None
+        assert schemas.find("", "Nothing", 21) is None
+        assert schemas.find("some.where", "Relu", 1) is None
 
     def test_a_kernel_without_end_fits_its_first_version_only(self) -> None:
-        assert opset_schema.has_kernel("", "RandomNormal", 1)
-        assert not opset_schema.has_kernel("", "RandomNormal", 22)
-        assert opset_schema.has_kernel("", "Mish", 18)  # by its function body
+        assert schemas.has_kernel("", "RandomNormal", 1)
+        assert not schemas.has_kernel("", "RandomNormal", 22)
+        assert schemas.has_kernel("", "Mish", 18)  # by its function body
 
     def test_loadable(self) -> None:
-        assert opset_schema.is_loadable(10, 21)
-        assert not opset_schema.is_loadable(99, 21)
-        assert not opset_schema.is_loadable(10, 99)
+        assert schemas.is_loadable(10, 21)
+        assert not schemas.is_loadable(99, 21)
+        assert not schemas.is_loadable(10, 99)

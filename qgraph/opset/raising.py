@@ -1,7 +1,7 @@
 """Raises the default operator set of a model, or says which operator is in the way and leaves the model as it was.
 
 A node takes one step for each version of its operator. A step is free where the schemas differ only in types and in
-optional things that the node does not use; where the meaning changed, `opset_adapters` rewrites the node.
+optional things that the node does not use; where the meaning changed, `adapters` rewrites the node.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import functools
 
 import onnx_ir as ir
 
-from qgraph import errors, graph, opset_schema, verify, verify_rules
-from qgraph.opset_adapters import ADAPTERS
-from qgraph.opset_edit import Edit, Refused
-from qgraph.opset_schema import Schema
-from qgraph.verify_rules import Scope
+from qgraph import errors, graph, schemas, verify
+from qgraph.opset.adapters import ADAPTERS
+from qgraph.opset.edit import Edit, Ranks, Refused
+from qgraph.schemas import Schema
+from qgraph.verify import rules
+from qgraph.verify.rules import Scope
 
 MAX_IR_VERSION = 13
 # First IR version that may carry an opset; each opset not listed needs that of the one before it.
@@ -36,7 +37,7 @@ def raise_opset(model: ir.Model, version: int) -> None:
     """
     if not any(s.imports.get("", 0) < version for s in _roots(model)):
         return
-    if not opset_schema.is_loadable(opset_schema.SURE_IR_VERSION, version):
+    if not schemas.is_loadable(schemas.SURE_IR_VERSION, version):
         raise errors.UnsupportedError(
             errors.Diagnostic(
                 "error",
@@ -47,17 +48,18 @@ def raise_opset(model: ir.Model, version: int) -> None:
             )
         )
     if any(_is_work(scope, node, version) for scope, node in _nodes_below(model, version)):
-        blockers = _unsorted(model) or _convert(graph.clone(model), version)
+        ranks = Ranks(model)
+        blockers = _unsorted(model) or _convert(graph.clone(model), version, ranks)
         if blockers:
             raise errors.UnsupportedError(*blockers)
         # The copy went through, and the steps depend on nothing but the graph.
-        _convert(model, version)
+        _convert(model, version, ranks)
     _declare(model, version)
 
 
 def _roots(model: ir.Model) -> list[Scope]:
     """The main graph and every function that imports ai.onnx."""
-    tops = [s for s in verify_rules.scopes(model) if s.parent is None]
+    tops = [s for s in rules.scopes(model) if s.parent is None]
     return [s for s in tops if s.function is None or "" in s.imports]
 
 
@@ -65,7 +67,7 @@ def _nodes_below(model: ir.Model, version: int) -> list[tuple[Scope, ir.Node]]:
     """Nodes of ai.onnx that are of an opset below the version."""
     return [
         (scope, node)
-        for scope in verify_rules.scopes(model)
+        for scope in rules.scopes(model)
         if scope.imports.get("", version) < version
         for node in scope.nodes
         if node.domain == "" and node.op_identifier() not in model.functions
@@ -95,7 +97,7 @@ def _unsorted(model: ir.Model) -> list[errors.Diagnostic]:
     ]
 
 
-def _convert(model: ir.Model, version: int) -> list[errors.Diagnostic]:
+def _convert(model: ir.Model, version: int, ranks: Ranks) -> list[errors.Diagnostic]:
     """Raise every node; returns what is in the way."""
     blockers = []
     names = graph.Names(model)
@@ -104,7 +106,7 @@ def _convert(model: ir.Model, version: int) -> list[errors.Diagnostic]:
         for value in held:
             names(value.name or "")  # asking for a name reserves it
     for scope, node in _nodes_below(model, version):
-        edit = Edit(scope.imports, names, in_function=scope.function is not None)
+        edit = Edit(scope.imports, names, ranks, in_function=scope.function is not None)
         try:
             _raise(node, scope.imports[""], version, edit)
             while edit.created:
@@ -144,7 +146,7 @@ def _raise(node: ir.Node, at: int, version: int, edit: Edit) -> None:
 
 
 def _schema(op_type: str, version: int) -> Schema | None:
-    return opset_schema.find("", op_type, version)
+    return schemas.find("", op_type, version)
 
 
 @functools.cache
@@ -190,7 +192,7 @@ def _lost_kernel(op_before: str, before: int, op_type: str, version: int) -> boo
     old, new = _schema(op_before, before), _schema(op_type, version)
     if old is None or new is None or old == new:
         return False
-    has = opset_schema.has_kernel
+    has = schemas.has_kernel
     return has("", op_before, old.since) and not has("", op_type, new.since)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qgraph import errors, opset_schema
-from qgraph.opset_schema import Schema
-from qgraph.verify_rules import Finding, Scope, rule
+from qgraph import errors, schemas
+from qgraph.schemas import Schema
+from qgraph.verify.rules import Finding, Scope, rule
 
 CUSTOM_DOMAIN = "ai.qgraph"
 
@@ -32,11 +32,11 @@ def known_operators(scope: Scope) -> Iterator[Finding]:
                 f"{node.op_type} was removed from {domain or 'ai.onnx'} by version {version}",
                 "import the version that the model was written for",
             )
-        elif domain in opset_schema.STANDARD_DOMAINS + opset_schema.RUNTIME_DOMAINS:
+        elif domain in schemas.STANDARD_DOMAINS + schemas.RUNTIME_DOMAINS:
             yield Finding(
                 scope.at(node),
                 f"{domain or 'ai.onnx'} has no operator {node.op_type!r} at version {version}",
-                errors.nearest(node.op_type, opset_schema.names(domain)),
+                errors.nearest(node.op_type, schemas.names(domain)),
             )
         else:
             yield Finding(
@@ -93,7 +93,7 @@ def custom_operators(scope: Scope) -> Iterator[Finding]:
 
 def _schema(scope: Scope, node: ir.Node) -> Schema | None:
     version = scope.imports.get(node.domain)
-    return None if version is None else opset_schema.find(node.domain, node.op_type, version)
+    return None if version is None else schemas.find(node.domain, node.op_type, version)
 
 
 def _against_schema(scope: Scope, node: ir.Node, schema: Schema) -> Iterator[Finding]:
@@ -125,6 +125,8 @@ def _against_schema(scope: Scope, node: ir.Node, schema: Schema) -> Iterator[Fin
                 scope.at(node),
                 f"attribute {name!r} of {node.op_type} is {attribute.type.name}, must be {want}",
             )
+    if node.op_type == "Constant" and node.domain == "" and len(node.attributes) != 1:
+        yield Finding(scope.at(node), f"Constant has {len(node.attributes)} values, must have one")
     for name, formal_attribute in schema.attributes.items():
         if formal_attribute.required and name not in node.attributes:
             yield Finding(scope.at(node), f"{node.op_type} needs its attribute {name!r}")

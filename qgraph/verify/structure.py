@@ -1,15 +1,4 @@
-"""Is a model well formed, and do two models compute the same?
-
-`verify` runs every rule of `verify_rules.RULES` over every graph of a model and returns what they find:
-
-    V01 imports   V02 names      V03 dangling values   V04 order       V05 unknown operators
-    V06 arity     V07 declared   V08 quantize nodes    V09 packed      V10 dead (warning)
-    V11 bodies    V12 external   V13 custom op without its function body
-
-`equivalent` and `sample_feeds` are the numeric half: both models run in ONNX Runtime on the same inputs.
-The rules here look at the graph's structure; those that ask an operator's schema are in `verify_schema`, those that
-know quantized operators in `verify_quantized`.
-"""
+"""Rules on the structure of a graph: names, scopes, order, types, dead things, external data."""
 
 from __future__ import annotations
 
@@ -19,43 +8,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qgraph import errors, opset_schema, verify_quantized, verify_rules, verify_schema
-from qgraph.verify_equivalent import Equivalence, equivalent
-from qgraph.verify_feeds import sample_feeds
-from qgraph.verify_rules import START, Finding, Scope, rule
-
-__all__ = ["Equivalence", "check", "equivalent", "sample_feeds", "verify"]
-
-_RULE_MODULES = (verify_schema, verify_quantized)  # importing them registers their rules
-
-
-def verify(model: ir.Model) -> list[errors.Diagnostic]:
-    """Everything that is wrong with a model, in order of code, then of place in the model. Never raises."""
-    scopes = verify_rules.scopes(model)
-    return [
-        errors.Diagnostic(found.severity or each.severity, each.code, *found[:3])
-        for each in sorted(verify_rules.RULES, key=lambda r: r.code)
-        for scope in scopes
-        for found in each.find(scope)
-    ]
-
-
-def check(model: ir.Model, where: str = "") -> None:
-    """Raise if `verify` finds an error; `where` says when, e.g. "after insert-qdq".
-
-    A graph that is only out of order fails here too: runtimes sort it, but onnx_ir refuses to clone it.
-
-    Raises:
-        errors.VerificationError: with every error, not only the first.
-    """
-    found = [d for d in verify(model) if d.severity == "error" or d.code == "V04"]
-    if found:
-        if where:
-            found = [
-                errors.Diagnostic(d.severity, d.code, f"{where}: {d.where}", d.message, d.hint)
-                for d in found
-            ]
-        raise errors.VerificationError(*found)
+from qgraph import schemas
+from qgraph.verify.rules import START, Finding, Scope, rule
 
 
 @rule("V01")
@@ -86,7 +40,7 @@ def _versions(scope: Scope) -> Iterator[Finding]:
     opset = scope.imports.get("")
     if not ir_version or ir_version < 1:
         yield Finding("model", f"has IR version {ir_version}", "set ir_version, e.g. to 10")
-    elif not opset_schema.is_loadable(ir_version, opset_schema.SURE_OPSET):
+    elif not schemas.is_loadable(ir_version, schemas.SURE_OPSET):
         yield Finding(
             "model",
             f"has IR version {ir_version}, which the installed ONNX Runtime does not load",
@@ -96,7 +50,7 @@ def _versions(scope: Scope) -> Iterator[Finding]:
         return
     if opset < 1:
         yield Finding("model", f"imports opset {opset} of ai.onnx", "opsets count from 1")
-    elif not opset_schema.is_loadable(opset_schema.SURE_IR_VERSION, opset):
+    elif not schemas.is_loadable(schemas.SURE_IR_VERSION, opset):
         yield Finding(
             "model",
             f"imports opset {opset} of ai.onnx, which the installed ONNX Runtime does not load",

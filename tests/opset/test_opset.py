@@ -15,17 +15,9 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qgraph import (
-    errors,
-    files,
-    graph,
-    opset,
-    opset_adapters,
-    opset_schema,
-    printer,
-    verify,
-    verify_equivalent,
-)
+from qgraph import errors, files, graph, opset, printer, schemas, verify
+from qgraph.opset import adapters
+from qgraph.verify import equivalence
 
 TARGETS = (11, 13, 18, 21, 25)
 RNG = np.random.default_rng(0)
@@ -96,7 +88,7 @@ def cases() -> Iterator[tuple[str, int, Sequence[Any], dict[str, Any]]]:
                 [f32(*shape)],
                 {"shapes": shapes, **({} if axis is None else {"axis": axis})},
             )
-    for op in (*opset_adapters.REDUCTIONS, "ReduceSum"):
+    for op in (*adapters.REDUCTIONS, "ReduceSum"):
         for axes in (None, [1], [0, 2], [1, 2, 3, 0]):
             yield op, 7, [P], {} if axes is None else {"axes": axes}
         yield op, 11, [P], {"axes": [-1, -3], "keepdims": 0}
@@ -223,15 +215,15 @@ def test_same_result_at_every_later_opset(case: tuple[str, int, Sequence[Any], A
 
 def has_kernel(op: str, target: int) -> bool:
     """False for RoiAlign and a few more, which the runtime cannot run at some later version."""
-    schema = opset_schema.find("", op, target)
-    return schema is None or schema.deprecated or opset_schema.has_kernel("", op, schema.since)
+    schema = schemas.find("", op, target)
+    return schema is None or schema.deprecated or schemas.has_kernel("", op, schema.since)
 
 
 def test_every_adapter_is_tried() -> None:
     """From opset 7 on by `cases`, before that by `LEGACY`: the runtime has no kernels for those."""
     tried = {(case[0], case[1]) for case in cases()} | {(op, v) for op, v, *_ in LEGACY}
     untried = set()
-    for op, version in opset_adapters.ADAPTERS:
+    for op, version in adapters.ADAPTERS:
         if not any(name == op and v < version for name, v in tried):
             untried.add((op, version))
     assert untried == {("GRU", 3)}  # a default that was misspelled
@@ -287,7 +279,7 @@ def test_opsets_that_the_runtime_no_longer_runs(case: Any, target: int) -> None:
     model, feeds = single(op, version, inputs, **attributes)
     opset.raise_opset(model, target)
     verify.check(model)
-    (outputs,) = verify_equivalent.run(model, [feeds])
+    (outputs,) = equivalence.run(model, [feeds])
     if expected is not None:
         np.testing.assert_allclose(outputs["o0"], expected(*inputs), rtol=1e-5, atol=1e-6)
 
@@ -484,6 +476,21 @@ class TestGraph:
         assert bound is not None
         assert bound.dtype == ir.DataType.FLOAT
 
+    def test_ranks_are_inferred_where_none_is_declared(self) -> None:
+        model = parse("h = MatMul(x, w) y = Softmax <axis = 1> (h)", 11)
+
+        def refuse() -> ir.TensorProtocol:
+            raise AssertionError("was read")
+
+        weight = graph.value("w", ir.DataType.FLOAT, [4, 1000])
+        weight.const_value = ir.LazyTensor(
+            refuse, dtype=ir.DataType.FLOAT, shape=ir.Shape([4, 1000])
+        )
+        model.graph.register_initializer(weight)
+        model.graph[0].replace_input_with(1, weight)
+        opset.raise_opset(model, 21)
+        assert [n.op_type for n in model.graph] == ["MatMul", "Softmax"]
+
     def test_weights_are_not_read(self, tmp_path: Path) -> None:
         model = parse("m = MatMul(x, x) y = ReduceMean <axes = [1]> (m)", 13)
 
@@ -529,7 +536,7 @@ def test_every_real_model_is_equal_or_refused(target: int) -> None:
 def convert(path: Path, target: int) -> tuple[str, str]:
     try:
         model = files.load(path)
-        verify_equivalent.session(path)
+        equivalence.session(path)
     except errors.QGraphError:
         return "unusable", ""
     if not 1 < graph.opset(model) < target:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.opset_edit import Edit, Refused
+from qgraph.opset.edit import Edit, Refused
 
 Adapter: TypeAlias = Callable[[ir.Node, Edit], None]
 
@@ -63,7 +63,7 @@ def softmax_13(node: ir.Node, edit: Edit) -> None:
     axis = edit.get(node, "axis", 1)
     x = node.inputs[0]
     rank = edit.rank(x)
-    if axis == -1 or (rank and _trailing_ones(x, axis % rank)):
+    if axis == -1 or (rank and (axis % rank == rank - 1 or _trailing_ones(x, axis % rank))):
         edit.set(node, axis=axis)
         return
     flat = edit.before(node, "Flatten", [x], {"axis": axis})

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import errors, files, verify_equivalent, verify_traces
+from qgraph import errors, files
 from qgraph.files import Source
+from qgraph.verify import equivalence
+from qgraph.verify.traces import Trace, trace
 
 SIZES = (8, 6, 10, 12, 5, 7, 9, 11, 4, 14, 13, 15, 16)
 BATCH_NAMES = ("n", "b", "bs", "none", "?")
@@ -47,15 +49,15 @@ def sample_feeds(model: Source, count: int = 2, seed: int = 0) -> list[dict[str,
         errors.RuntimeFailure: ONNX Runtime does not load the model.
     """
     graph = model if isinstance(model, ir.Model) else files.load(model)
-    session = verify_equivalent.session(model)
+    session = equivalence.session(model)
     inputs = [v for v in graph.graph.inputs if v.name and v.name not in graph.graph.initializers]
-    traces = {v: verify_traces.trace(v, graph) for v in inputs}
+    traces = {v: trace(v, graph) for v in inputs}
     return [_first_that_runs(inputs, traces, session, index, seed) for index in range(count)]
 
 
 def _first_that_runs(
     inputs: list[ir.Value],
-    traces: dict[ir.Value, verify_traces.Trace],
+    traces: dict[ir.Value, Trace],
     session: Any,
     index: int,
     seed: int,
@@ -72,7 +74,7 @@ def _first_that_runs(
             continue
         tried.append(feed)
         try:
-            outputs = verify_equivalent.run_once(session, feed)
+            outputs = equivalence.run_once(session, feed)
         except errors.RuntimeFailure as e:
             failure = failure or e
             continue
@@ -110,7 +112,7 @@ def _attempts(index: int) -> Iterator[_Attempt]:
 
 def _feed(
     inputs: list[ir.Value],
-    traces: dict[ir.Value, verify_traces.Trace],
+    traces: dict[ir.Value, Trace],
     attempt: _Attempt,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
@@ -121,9 +123,9 @@ def _feed(
     return {v.name or "": _values(v, shapes[v], traces[v], attempt, rng, shapes) for v in inputs}
 
 
-def _bind_known(value: ir.Value, trace: verify_traces.Trace, bound: dict[str, int]) -> None:
+def _bind_known(value: ir.Value, found: Trace, bound: dict[str, int]) -> None:
     """Give symbols the numbers that weights force on them."""
-    for axis, size in trace.sizes.items():
+    for axis, size in found.sizes.items():
         if value.shape is not None and -len(value.shape) <= axis < len(value.shape):
             dim = value.shape[axis]
             if isinstance(dim, ir.SymbolicDim) and dim.value and dim.value.isidentifier():
@@ -131,15 +133,15 @@ def _bind_known(value: ir.Value, trace: verify_traces.Trace, bound: dict[str, in
 
 
 def _shape(
-    value: ir.Value, trace: verify_traces.Trace, attempt: _Attempt, bound: dict[str, int]
+    value: ir.Value, found: Trace, attempt: _Attempt, bound: dict[str, int]
 ) -> tuple[int, ...]:
     if value.shape is None:
-        rank = attempt.rank if trace.rank is None else trace.rank
+        rank = attempt.rank if found.rank is None else found.rank
         dims: list[int | ir.SymbolicDim] = [ir.SymbolicDim(None)] * rank
     else:
         dims = list(value.shape)
     known = {
-        axis % len(dims): n for axis, n in trace.sizes.items() if -len(dims) <= axis < len(dims)
+        axis % len(dims): n for axis, n in found.sizes.items() if -len(dims) <= axis < len(dims)
     }
     shape = []
     for axis, dim in enumerate(dims):
@@ -208,7 +210,7 @@ def _size(name: str, axis: int, rank: int, value: ir.Value, attempt: _Attempt, c
 def _values(
     value: ir.Value,
     shape: tuple[int, ...],
-    trace: verify_traces.Trace,
+    found: Trace,
     attempt: _Attempt,
     rng: np.random.Generator,
     shapes: dict[ir.Value, tuple[int, ...]],
@@ -216,15 +218,15 @@ def _values(
     """Data of one input. A sequence gets two equal elements; an optional gets its content."""
     kind = value.type
     if isinstance(kind, ir.SequenceType):
-        return [_array(value, kind.elem_type.dtype, shape, trace, attempt, rng, shapes)] * 2
-    return _array(value, value.dtype, shape, trace, attempt, rng, shapes)
+        return [_array(value, kind.elem_type.dtype, shape, found, attempt, rng, shapes)] * 2
+    return _array(value, value.dtype, shape, found, attempt, rng, shapes)
 
 
 def _array(
     value: ir.Value,
     dtype: ir.DataType | None,
     shape: tuple[int, ...],
-    trace: verify_traces.Trace,
+    found: Trace,
     attempt: _Attempt,
     rng: np.random.Generator,
     shapes: dict[ir.Value, tuple[int, ...]],
@@ -241,13 +243,13 @@ def _array(
         return np.full(shape, 0 if attempt.values == "zero" else 1, as_type)
     if "mask" in name:
         return np.ones(shape, as_type)
-    if trace.role is not None:
-        return _of_role(trace.role, shape, shapes, attempt).astype(as_type)
+    if found.role is not None:
+        return _of_role(found.role, shape, shapes, attempt).astype(as_type)
     if "position" in name and shape and dtype.is_integer():
-        counted = (np.arange(shape[-1]) + attempt.past) % (trace.limit or 2**31)
+        counted = (np.arange(shape[-1]) + attempt.past) % (found.limit or 2**31)
         return np.broadcast_to(counted, shape).astype(as_type)
-    if trace.limit is not None:
-        return rng.integers(0, trace.limit, shape).astype(as_type)
+    if found.limit is not None:
+        return rng.integers(0, found.limit, shape).astype(as_type)
     if dtype.is_floating_point():
         return rng.standard_normal(shape).astype(as_type)
     if dtype in (ir.DataType.INT8, ir.DataType.UINT8):

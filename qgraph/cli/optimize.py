@@ -1,0 +1,342 @@
+"""`qgraph optimize`: a model → a quantized model, and a summary of what was done and why."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qgraph import errors
+from qgraph.cli import options, terminal
+
+if TYPE_CHECKING:
+    from qgraph.data import Dataset
+    from qgraph.pipeline import Instrument
+    from qgraph.recipe import Recipe
+    from qgraph.report import Report
+
+EXAMPLES = """
+Examples:
+  qgraph optimize model.onnx -o model.q.onnx
+  qgraph optimize model.onnx -o model.q.onnx --recipe int4 --report model.md
+  qgraph optimize model.onnx -o model.q.onnx --target openvino --data calib.npz --min-sqnr 25
+  qgraph optimize model.onnx -o model.q.onnx --set linear.weights=int8.g32 --set min_elements=0
+  qgraph optimize zoo:tiny-cnn -o cnn.onnx --stop-after canonicalize --print-after canonicalize
+"""
+
+REPORT_KINDS = (".json", ".md")
+
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Where to write the quantized model. Needed.",
+        rich_help_panel=options.OUTPUT,
+        show_default=False,
+    ),
+]
+Reports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write the whole report, every weight with its reason: .json or .md. May be repeated.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+External = Annotated[
+    bool | None,
+    typer.Option(
+        "--external-data/--no-external-data",
+        help="Weights in OUT.data beside the model. Default: over 256 MB.",
+        rich_help_panel=options.OUTPUT,
+        show_default=False,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print nothing but warnings and errors.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+Verify = Annotated[
+    options.VerifyMode,
+    typer.Option(
+        "--verify",
+        help="each: verify the model and prove what every pass claims; ends: verify the result; off.",
+        rich_help_panel=options.DEBUG,
+    ),
+]
+NoInspect = Annotated[
+    bool,
+    typer.Option(
+        "--no-inspect",
+        help="Do not ask the target's runtime what it really executes.",
+        rich_help_panel=options.DEBUG,
+    ),
+]
+PrintAfter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--print-after",
+        metavar="PASS",
+        help="Print the model to stderr after this pass; * for all. May be repeated.",
+        rich_help_panel=options.DEBUG,
+    ),
+]
+StopAfter = Annotated[
+    str | None,
+    typer.Option(
+        "--stop-after",
+        metavar="PASS",
+        help="End after this pass and write the model as it is then.",
+        rich_help_panel=options.DEBUG,
+    ),
+]
+
+
+def optimize(
+    model: options.Model,
+    recipe: options.Recipe = "auto",
+    target: options.Target = None,
+    overrides: options.Overrides = None,
+    output: Output = None,
+    data: options.Data = None,
+    samples: options.Samples = None,
+    min_sqnr: options.MinSqnr = None,
+    max_kl: options.MaxKl = None,
+    reports: Reports = None,
+    verify: Verify = options.VerifyMode.each,
+    no_inspect: NoInspect = False,
+    print_after: PrintAfter = None,
+    dump_dir: options.Dump = None,
+    stop_after: StopAfter = None,
+    force: options.Force = False,
+    external_data: External = None,
+    threads: options.Threads = 0,
+    as_json: options.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model.
+
+    Reads MODEL, runs the passes of a recipe over it and writes a quantized
+    model for the target. Every weight that stays float has a reason in the
+    summary. OUT appears only when all is done and every check has passed.
+    """
+    destination = _check_outputs(model, output, reports or [], force=force)
+
+    from qgraph import compiler
+    from qgraph import recipe as recipes
+
+    chosen = recipes.load(recipe, overrides or ())
+    watchers = instruments(chosen, print_after or (), dump_dir, stop_after)
+    if data is not None and min_sqnr is None and max_kl is None:
+        _warn_of_unused_data(chosen)
+    is_quiet = quiet or as_json or bool(print_after)
+    with terminal.progress(is_shown=not is_quiet) as progress:
+        try:
+            result = compiler.optimize(
+                model,
+                chosen,
+                target=target,
+                data=dataset(model, data, samples),
+                output=destination,
+                force=force,
+                verify=verify.value,
+                inspect=not no_inspect,
+                min_sqnr=min_sqnr,
+                max_kl=max_kl,
+                external_data=external_data,
+                threads=threads,
+                instruments=watchers,
+                progress=progress,
+            )
+        except compiler.FloorMissed as e:
+            _write_reports(e.report, reports or [])
+            raise
+    _write_reports(result.report, reports or [])
+    if as_json:
+        import json
+
+        terminal.emit(json.loads(result.report.to_json()))
+    elif quiet:
+        terminal.diagnostics(d for d in result.report.diagnostics if d.severity == "warning")
+    else:
+        summary(result.report)
+
+
+def dataset(model: str, source: str | None, samples: int | None) -> Dataset | None:
+    """What `--data` and `--samples` say, checked against the model's inputs."""
+    if source is None:
+        if samples is not None:
+            message = "there are no samples to take the first of"
+            raise errors.InputError(
+                errors.Diagnostic("error", "QG131", "--samples", message, "give --data SOURCE")
+            )
+        return None
+    from qgraph import data
+
+    return data.load(source, data.inputs_of(model), samples)
+
+
+def instruments(
+    recipe: Recipe, print_after: Sequence[str], dump_dir: Path | None, stop_after: str | None
+) -> list[Instrument]:
+    """What watches the passes; refuses names of passes that the recipe does not run."""
+    from qgraph import pipeline, registry
+
+    known = [registry.get("pass", each).name for each in recipe.pipeline]
+    asked = [("--print-after", n) for n in print_after if n != "*"]
+    asked += [("--stop-after", stop_after)] if stop_after is not None else []
+    wrong = [
+        errors.Diagnostic(
+            "error",
+            "QG303",
+            f"{option} {name}",
+            f"is no pass of recipe {recipe.name!r}",
+            errors.nearest(name, known),
+        )
+        for option, name in asked
+        if name not in known
+    ]
+    if wrong:
+        raise errors.RecipeError(*wrong)
+    found: list[Instrument] = []
+    if print_after:
+        found.append(pipeline.Printer(print_after, _to_stderr))
+    if dump_dir is not None:
+        found.append(pipeline.Dumper(dump_dir))
+    if stop_after is not None:
+        found.append(pipeline.StopAfter(stop_after))
+    return found
+
+
+def _warn_of_unused_data(recipe: Recipe) -> None:
+    from qgraph import registry
+    from qgraph.pipeline import Fact
+
+    if any(Fact.STATS in registry.get("pass", each).needs for each in recipe.pipeline):
+        return
+    message = f"is not used: recipe {recipe.name!r} does not calibrate, and there is no floor to hold"
+    hint = "give --min-sqnr or --max-kl, or see: qgraph recipes"
+    terminal.diagnostics([errors.Diagnostic("warning", "QG132", "--data", message, hint)])
+
+
+def _to_stderr(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _check_outputs(model: str, output: str | None, reports: Sequence[Path], *, force: bool) -> Path:
+    """Refuse outputs that cannot be written, before anything heavy is imported or done."""
+    if output is None:
+        name = "model" if model.startswith("zoo:") else Path(model).stem
+        hint = f"give -o, e.g. -o {name}.q.onnx"
+        message = "where shall the quantized model go?"
+        raise errors.InputError(errors.Diagnostic("error", "QG105", "--output", message, hint))
+    if output.startswith("zoo:"):
+        message = "names a reference model, which cannot be written"
+        hint = f"give a file name, e.g. -o {output[4:]}.q.onnx"
+        raise errors.InputError(errors.Diagnostic("error", "QG105", output, message, hint))
+    for path in reports:
+        if path.suffix not in REPORT_KINDS:
+            message = f"is no kind of report; the suffix is {path.suffix!r}"
+            hint = f"name a file that ends in {' or '.join(REPORT_KINDS)}"
+            raise errors.InputError(errors.Diagnostic("error", "QG105", str(path), message, hint))
+    from qgraph import files
+
+    for path in reports:
+        files.check_output(path, force=force)
+    return files.check_output(output, force=force)
+
+
+def _write_reports(report: Report, paths: Sequence[Path]) -> None:
+    for path in paths:
+        text = report.to_json() if path.suffix == ".json" else report.to_markdown()
+        with tempfile.TemporaryDirectory(prefix=".qgraph-", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(text, encoding="utf-8")
+            os.replace(whole, path)
+
+
+def summary(report: Report) -> None:
+    """Print what was done, what was not and why, and what was proven."""
+    terminal.line(report.headline(), "bold green" if report.quantized else "bold yellow")
+    _groups(report)
+    _floats(report)
+    _accuracy(report.metrics)
+    if report.checks:
+        terminal.heading("Checked")
+        terminal.bullets(report.checks)
+    if report.notes:
+        terminal.heading("Notes")
+        terminal.bullets(report.notes)
+    others = [d for d in report.diagnostics if not _is_ledger_line(d)]
+    if others:
+        terminal.heading("Findings")
+        terminal.bullets(f"{d.severity} {d.code} {d.where}: {d.message}" for d in others)
+    terminal.line()
+    terminal.pairs(
+        [
+            ("model", report.source),
+            ("recipe", f"{report.recipe}, for target {report.target}"),
+            ("passes", f"{sum(report.seconds.values()):.1f} s"),
+            ("output", report.output),
+        ]
+    )
+
+
+def _is_ledger_line(each: errors.Diagnostic) -> bool:
+    """Told already, as what stays float."""
+    return each.severity == "missed" and each.message.startswith("stays float: ")
+
+
+def _groups(report: Report) -> None:
+    from qgraph.report import megabytes
+
+    if not report.quantized:
+        return
+    terminal.heading("Quantized")
+    columns = ("operators", "weights are", "what runs", ">weights", ">before", ">after", ">worst SQNR")
+    terminal.table(
+        columns,
+        (
+            (ops, spec, runs, count, megabytes(a), megabytes(b), terminal.decibels(sqnr))
+            for ops, spec, runs, count, a, b, sqnr in report.groups()
+        ),
+    )
+
+
+def _floats(report: Report) -> None:
+    from qgraph.report import megabytes
+
+    stayed = report.stayed_float()
+    if not stayed:
+        return
+    terminal.heading("Float, and why")
+    terminal.table(
+        (">weights", ">size", "code", "reason"),
+        ((count, megabytes(size), code, reason) for code, reason, count, size in stayed),
+    )
+
+
+def _accuracy(metrics: dict[str, Any]) -> None:
+    if not metrics:
+        return
+    terminal.heading(f"Accuracy on {terminal.counted(metrics['samples'], 'sample')}")
+    rows = []
+    for each in metrics["outputs"]:
+        error, divergence = each["error"], each["divergence"]
+        sqnr = terminal.decibels(float(error["sqnr_db"])) if error else ""
+        kl = f"{divergence['kl_mean']['value']:.2e} nats" if divergence else ""
+        agreement = f"{divergence['agreement']['value']:.2%}" if divergence else ""
+        rows.append((each["name"], sqnr, kl, agreement))
+    terminal.table(("output", ">SQNR", ">KL divergence", ">same top-1"), rows)

@@ -1,0 +1,111 @@
+"""From a finished run to its report: the ledger, what really runs, and what was missed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from qgraph import errors, files
+from qgraph.pipeline import Context
+from qgraph.report import Entry, Report
+from qgraph.target import Target
+
+
+def entries(ctx: Context) -> list[Entry]:
+    """One line per weight: what the plan decided, what was written, what arrived quantized."""
+    ledger = []
+    for decision in ctx.plan.decisions.values():
+        if decision.role != "weight":
+            continue
+        record = ctx.records.get(decision.value, {})
+        entry: Entry = record["entry"]
+        entry.reason, entry.by, entry.code = decision.reason, decision.by, decision.code
+        if decision.spec is not None and "nodes" in record:
+            entry.spec = str(decision.spec)
+            entry.activation = str(decision.activation) if decision.activation else ""
+            entry.stored_bytes = record["stored_bytes"]
+            entry.forms = [n["form"] for n in record["nodes"]]
+            entry.sqnr_db = record["sqnr_db"]
+            entry.mse = record["squared_error"] / max(record["elements"], 1)
+            entry.pass_name = "insert-qdq"
+        ledger.append(entry)
+    arrived = [r["entry"] for name, r in ctx.records.items() if name not in ctx.plan.decisions]
+    return ledger + arrived
+
+
+def ask_runtime(
+    report: Report, ctx: Context, goal: Target, path: Path, source: files.Source
+) -> None:
+    """Ask the target's runtime what it executes for every use of a quantized weight.
+
+    Raises:
+        errors.VerificationError: QG202 where the runtime takes the float model but not the quantized one.
+    """
+    outputs = [n["output"] for r in ctx.records.values() for n in r.get("nodes", ())]
+    if not outputs or goal.inspect is None:
+        return
+    ctx.progress(f"asking {goal.name} what it runs", 0.0)
+    try:
+        ran = goal.inspect(str(path), outputs)
+    except errors.RuntimeFailure as e:
+        _blame(report, goal, source, e)
+        return
+    for entry in report.ledger:
+        nodes = ctx.records.get(entry.weight, {}).get("nodes", ())
+        entry.runs = [str(ran[n["output"]].kernel) for n in nodes if n["output"] in ran]
+    report.checks.append(
+        f"the fusion check opened the model in {goal.name} and read the graph that it executes"
+    )
+
+
+def _blame(
+    report: Report, goal: Target, source: files.Source, failure: errors.RuntimeFailure
+) -> None:
+    """A runtime that refuses the result: our fault if it takes the float model, a warning if it does not."""
+    found = failure.diagnostics[0]
+    if not _takes_float(goal, source):
+        text = f"what runs could not be checked; {goal.name} does not take the float model either: {found.message}"
+        report.diagnostics.append(
+            errors.Diagnostic("warning", found.code, found.where, text, found.hint)
+        )
+        return
+    raise errors.VerificationError(
+        errors.Diagnostic(
+            "error",
+            "QG202",
+            goal.name,
+            f"takes the float model, but not the quantized one: {found.message}",
+            "qgraph bisect MODEL --check load --weights finds the weight; please report it",
+        )
+    ) from failure
+
+
+def _takes_float(goal: Target, source: files.Source) -> bool:
+    assert goal.inspect is not None
+    with tempfile.TemporaryDirectory(prefix=".qgraph-") as folder:
+        path = files.save(files.load(source), Path(folder) / "float.onnx")
+        try:
+            goal.inspect(str(path), [])
+        except errors.RuntimeFailure:
+            return False
+    return True
+
+
+def say_what_was_missed(report: Report, goal: Target) -> None:
+    """What stayed float, grouped by reason; and a warning when nothing was quantized at all."""
+    for code, reason, count, size in report.stayed_float():
+        where = f"{count} weight{'s' if count > 1 else ''} ({size} bytes)"
+        report.diagnostics.append(
+            errors.Diagnostic("missed", code, where, f"stays float: {reason}")
+        )
+    outcome = "the output is the canonicalized float model"
+    if report.ledger and not report.quantized:
+        text = f"nothing was quantized for target {goal.name}; {outcome}"
+        report.diagnostics.append(
+            errors.Diagnostic("warning", "QG320", "", text, "the lines above say why")
+        )
+    elif not report.ledger:
+        text = f"the model has no weights that qgraph can quantize; {outcome}"
+        report.diagnostics.append(
+            errors.Diagnostic("warning", "QG321", "", text, "see: qgraph inspect MODEL")
+        )
