@@ -175,6 +175,10 @@ void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* con
   check(api, api.GetSymbolicDimensions()(input, symbols.data(), rank));
   dims.back() = last;
   symbols.back() = "";
+  for (size_t i = 0; i + 1 < rank; ++i) {
+    // The runtime would take -1 for a size. An unknown dimension without a name cannot be said.
+    if (dims[i] < 0 && (symbols[i] == nullptr || *symbols[i] == '\0')) return;
+  }
   ort::OrtTensorTypeAndShapeInfo* made = nullptr;
   check(api, api.CreateTensorTypeAndShapeInfo()(&made));
   const TypeAndShape output(api, made);

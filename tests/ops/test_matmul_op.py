@@ -131,6 +131,21 @@ def test_shapes_are_inferred(name):
     assert output.shape == ["a", "b", n]
 
 
+def test_dimensions_that_nobody_knows_stay_unknown():
+    text = """<ir_version: 10, opset_import: ["": 21, "ai.qgraph": 1]>
+    g (float[a] A, int64[2] shape) => (int64[2] Z) {
+        X = Reshape (A, shape)
+        Y = ai.qgraph.MatMulInt4 <K=96, N=48, block_size=32, activation_bits=8, activation_block=32>
+            (X, codes, scales, zero_points, bias)
+        Z = Shape (Y)
+    }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(MODELS["int4 g32"].graph.initializer)
+    model.functions.extend(MODELS["int4 g32"].functions)
+    feeds = {"A": np.zeros(192, np.float32), "shape": np.array([2, 96])}
+    assert runtime.session(model).run(None, feeds)[0].tolist() == [2, 48]
+
+
 def test_weights_may_be_computed():
     model = int4(24, 64, asymmetric=True)
     feeds = feed(model, 2, 3)
