@@ -188,4 +188,19 @@ void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* con
   check(api, api.ShapeInferContext_SetOutputTypeShape()(context, 0, made));
 }
 
+void infer_same_shape(const ort::OrtApi& api, ort::OrtShapeInferContext* context) {
+  ort::OrtTensorTypeAndShapeInfo* input = nullptr;  // owned by the context
+  check(api, api.ShapeInferContext_GetInputTypeShape()(context, 0, &input));
+  size_t rank = 0;
+  check(api, api.GetDimensionsCount()(input, &rank));
+  Dims dims(rank);
+  std::vector<const char*> symbols(rank);
+  check(api, api.GetDimensions()(input, dims.data(), rank));
+  check(api, api.GetSymbolicDimensions()(input, symbols.data(), rank));
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 && (symbols[i] == nullptr || *symbols[i] == '\0')) return;
+  }
+  if (rank > 0) check(api, api.ShapeInferContext_SetOutputTypeShape()(context, 0, input));
+}
+
 }  // namespace qgraph

@@ -92,6 +92,9 @@ class RuntimeThreads : public Executor {
 void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
                           const char* name);
 
+// The output is as the first input.
+void infer_same_shape(const ort::OrtApi& api, ort::OrtShapeInferContext* context);
+
 // The callbacks of an operator. Node: Node(const NodeInfo&), void run(const Run&) const, and
 // static kName, kInputs (element types; kUndefined takes any) and infer(api, context).
 template <typename Node>
@@ -165,5 +168,6 @@ struct Op : ort::OrtCustomOp {
 
 // The operators of this library, ready for a runtime's table.
 std::vector<const ort::OrtCustomOp*> matmul_ops(const ort::OrtApi* api);
+std::vector<const ort::OrtCustomOp*> hadamard_ops(const ort::OrtApi* api);
 
 }  // namespace qgraph

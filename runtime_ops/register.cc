@@ -2,6 +2,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu.h"
 #include "ort_abi.h"
@@ -16,8 +17,9 @@ constexpr const char* kDomain = "ai.qgraph";
 ort::OrtCustomOpDomain* create_domain(const ort::OrtApi& api) {
   ort::OrtCustomOpDomain* domain = nullptr;
   check(api, api.CreateCustomOpDomain()(kDomain, &domain));
-  for (const ort::OrtCustomOp* op : matmul_ops(&api))
-    check(api, api.CustomOpDomain_Add()(domain, op));
+  std::vector<const ort::OrtCustomOp*> ops = matmul_ops(&api);
+  for (const ort::OrtCustomOp* op : hadamard_ops(&api)) ops.push_back(op);
+  for (const ort::OrtCustomOp* op : ops) check(api, api.CustomOpDomain_Add()(domain, op));
   return domain;
 }
 

@@ -139,6 +139,58 @@ _PRODUCT = """
     product = MatMul (x, w_turned)
 """
 
+# H = factor (x) Sylvester; entry (i, j) of Sylvester's matrix is -1 to the number of bits in i & j.
+_HADAMARD = """
+    block_scalar = Constant <value_int: int = @block_size> ()
+    block_axis = Constant <value_ints: ints = [0]> ()
+    block = Unsqueeze (block_scalar, block_axis)
+    given_shape = Shape (X)
+    lead = Shape <end: int = -1> (X)
+    size = Shape <end: int = 1> (factor)
+    order = Div (block, size)
+    rest = Constant <value_ints: ints = [-1]> ()
+    width = Shape <start: int = -1> (X)
+    blocks = Div (width, block)
+    split_shape = Concat <axis: int = 0> (lead, blocks, size, order)
+    x = Reshape <allowzero: int = 1> (X, split_shape)
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    order_scalar = Squeeze (order)
+    index = Range (zero, order_scalar, one)
+    bits = Cast <to: int = 12> (index)
+    at_0 = Constant <value_ints: ints = [0]> ()
+    rows = Unsqueeze (bits, rest)
+    columns = Unsqueeze (bits, at_0)
+    b32 = BitwiseAnd (rows, columns)
+    n16 = Constant <value: tensor = uint32 {16}> ()
+    n8 = Constant <value: tensor = uint32 {8}> ()
+    n4 = Constant <value: tensor = uint32 {4}> ()
+    n2 = Constant <value: tensor = uint32 {2}> ()
+    n1 = Constant <value: tensor = uint32 {1}> ()
+    s16 = BitShift <direction: string = "RIGHT"> (b32, n16)
+    b16 = BitwiseXor (b32, s16)
+    s8 = BitShift <direction: string = "RIGHT"> (b16, n8)
+    b8 = BitwiseXor (b16, s8)
+    s4 = BitShift <direction: string = "RIGHT"> (b8, n4)
+    b4 = BitwiseXor (b8, s4)
+    s2 = BitShift <direction: string = "RIGHT"> (b4, n2)
+    b2 = BitwiseXor (b4, s2)
+    s1 = BitShift <direction: string = "RIGHT"> (b2, n1)
+    b1 = BitwiseXor (b2, s1)
+    parity_bits = BitwiseAnd (b1, n1)
+    parity = Cast <to: int = 1> (parity_bits)
+    two = Constant <value_float: float = 2.0> ()
+    float_one = Constant <value_float: float = 1.0> ()
+    doubled = Mul (two, parity)
+    sylvester = Sub (float_one, doubled)
+    turned = MatMul (x, sylvester)
+    mixed = MatMul (factor, turned)
+    block_float = Cast <to: int = 1> (block)
+    norm = Sqrt (block_float)
+    scaled = Div (mixed, norm)
+    Y = Reshape <allowzero: int = 1> (scaled, given_shape)
+"""
+
 _BODIES = {
     "MatMulInt4": (
         "<K, N, block_size, activation_bits, activation_block> (X, codes, scales, zero_points, bias) => (Y)",
@@ -158,6 +210,7 @@ _BODIES = {
         + _PRODUCT
         + "scaled_product = Mul (product, scale)\nY = Add (scaled_product, bias)",
     ),
+    "Hadamard": ("<block_size> (X, factor) => (Y)", _HADAMARD),
 }
 
 NAMES = tuple(_BODIES)

@@ -65,6 +65,16 @@ struct MatMulTask {
   int64_t first_tile, last_tile;
 };
 
+constexpr int64_t kMaxHadamardFactor = 64;
+
+struct HadamardTask {
+  const float* x;  // [blocks, block]
+  float* y;
+  const float* factor;  // [factor_size, factor_size]; block / factor_size is a power of two
+  int64_t factor_size, block;
+  int64_t first, last;  // blocks to do
+};
+
 struct Kernels {
   const char* name;
   Isa isa;
@@ -75,6 +85,7 @@ struct Kernels {
   void (*int4_float)(const MatMulTask&);
   void (*ternary_int8)(const MatMulTask&);
   void (*ternary_float)(const MatMulTask&);
+  void (*hadamard)(const HadamardTask&);
   int32_t (*probe_read)(const uint8_t* data, int64_t lines);
   int64_t (*probe_dot)(int64_t rounds, int32_t* sink);
 };

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/hadamard.h"
 #include "kernels/kernel.h"
 #include "kernels/probe.h"
 #include "kernels/quantize.h"
@@ -315,6 +316,7 @@ QG_BLOCKS(ternary_float)
                                    int4_float,                       \
                                    ternary_int8,                     \
                                    ternary_float,                    \
+                                   hadamard,                         \
                                    probe_read,                       \
                                    probe_dot};
 
