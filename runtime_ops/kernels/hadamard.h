@@ -18,10 +18,11 @@ constexpr int64_t kPanel = 64;  // columns of the factor's product that lie on t
 
 typedef float Vector16 __attribute__((vector_size(64)));
 
-// The passes over distances 1, 2, 4, 8, within 16 floats.
-inline void butterflies_of_16(float* y) {
+// Scaling and the passes over distances 1, 2, 4, 8, within 16 floats.
+inline void butterflies_of_16(const float* x, float scale, float* y) {
   Vector16 v;
-  std::memcpy(&v, y, sizeof v);
+  std::memcpy(&v, x, sizeof v);
+  v *= scale;
   v = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) +
       v * Vector16{1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
   v = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) +
@@ -58,11 +59,13 @@ inline void one_pass(float* y, int64_t n, int64_t h) {
   }
 }
 
-inline void sylvester(float* y, int64_t n) {
+inline void sylvester(const float* x, float scale, float* y, int64_t n) {
   int64_t h = 1;
   if (n >= 16) {
-    for (int64_t i = 0; i < n; i += 16) butterflies_of_16(y + i);
+    for (int64_t i = 0; i < n; i += 16) butterflies_of_16(x + i, scale, y + i);
     h = 16;
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] * scale;
   }
   for (; 4 * h <= n; h *= 4) two_passes(y, n, h);
   if (h < n) one_pass(y, n, h);
@@ -93,8 +96,7 @@ void hadamard(const HadamardTask& t) {
   for (int64_t b = t.first; b < t.last; ++b) {
     const float* x = t.x + b * t.block;
     float* y = t.y + b * t.block;
-    for (int64_t i = 0; i < t.block; ++i) y[i] = x[i] * scale;
-    for (int64_t f = 0; f < t.factor_size; ++f) sylvester(y + f * n, n);
+    for (int64_t f = 0; f < t.factor_size; ++f) sylvester(x + f * n, scale, y + f * n, n);
     if (t.factor_size > 1 || t.factor[0] != 1.0f) apply_factor(t, y, n);
   }
 }
