@@ -140,11 +140,15 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
         )
     if blocked:
         return stays("QG311", blocked)
+    needed = sorted({n.op_type for n in weight.others})
+    if needed or weight.value.is_graph_output():
+        by_whom = ", ".join(needed) or "the graph's outputs"
+        return stays("QG316", f"its float values stay for {by_whom}, so codes would only be added")
     if rule is None:
         return stays(
             "QG310", f"no rule of recipe {ctx.recipe.name!r} matches {weight.uses[0].node.op_type}"
         )
-    if len({(u.matrix.shape(weight.dims)) for u in weight.uses}) > 1:
+    if len({u.matrix for u in weight.uses}) > 1:
         return stays("QG313", "its uses sum over different axes, so no grouping serves all of them")
     dtype = (
         weight.value.const_value.dtype

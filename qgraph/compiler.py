@@ -25,6 +25,9 @@ from qgraph.spool import Spool
 from qgraph.target import Target
 
 
+VERIFY = ("each", "ends", "off")
+
+
 @dataclass
 class Result:
     """What `optimize` returns.
@@ -101,6 +104,11 @@ def optimize(
         errors.VerificationError: a pass broke the model or its promise.
         errors.AccuracyError: an accuracy floor was missed; nothing is written.
     """
+    if verify not in VERIFY:
+        hint = errors.nearest(verify, VERIFY)
+        raise errors.RecipeError(
+            errors.Diagnostic("error", "QG305", "verify", f"cannot be {verify!r}", hint)
+        )
     chosen, goal = _resolve(recipe, overrides, target)
     destination = files.check_output(output, force=force) if output is not None else None
     pipeline = Pipeline(chosen.pipeline, {k: dict(v) for k, v in chosen.options.items()})

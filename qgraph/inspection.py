@@ -209,7 +209,9 @@ def _port(value: ir.Value) -> Port:
 
 
 def _operators(model: ir.Model) -> dict[str, int]:
-    counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.nodes(model))
+    counts = Counter(
+        f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.nodes(model)
+    )
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 

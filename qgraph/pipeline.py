@@ -312,13 +312,13 @@ class Dumper(Instrument):
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        folder.mkdir(parents=True, exist_ok=True)
 
     def after(self, each: Pass, model: ir.Model, ctx: Context, changed: bool) -> None:
         """Save the model as it is now."""
         from qgraph import files, printer
 
         self._count += 1
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._count:02d}-{each.name}.onnx"
         files.save(model, path, force=True)
         path.with_suffix(".txt").write_text(printer.text(model), encoding="utf-8")

@@ -26,7 +26,7 @@ class Spool:
 
     def keep(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The same data, read-only; from the file if it is large."""
-        data = np.ascontiguousarray(data)
+        data = np.asarray(data, order="C")  # ascontiguousarray would make a scalar a vector
         if data.nbytes >= self.KEEP_UNDER:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(  # noqa: SIM115  it lives as long as what maps it

@@ -177,7 +177,9 @@ def find(model: ir.Model) -> list[Weight]:
                 continue
             if source.is_graph_input() and not use.reason:
                 use = replace(
-                    use, reason="it is a graph input with a default, so a caller may override it"
+                    use,
+                    reason="it is a graph input with a default, so a caller may override it; "
+                    "--set options.canonicalize.freeze_inputs=true makes such inputs constants",
                 )
             if node.graph is not model.graph:
                 use = replace(use, in_body=True)

@@ -35,6 +35,7 @@ class Canonicalize(Pass):
         """Options of canonicalize."""
 
         fold_batch_norm: bool = True
+        """Fold BatchNormalization into the convolution before it."""
         freeze_inputs: bool = False
         """Treat initializers that are also graph inputs as constants (callers can no longer override them)."""
 

@@ -8,7 +8,8 @@ A Transpose directly before an operator stays: `qgraph.weights` looks through it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,14 @@ def lift(model: ir.Model) -> bool:
     lifted: dict[
         int, ir.Value
     ] = {}  # by tensor: an inlined function called twice holds one tensor twice
+    held = Counter(str(v.name) for g in graph.graphs(model) for v in _values(g))
     changed = False
 
     def adopt(tensor: ir.TensorProtocol, name: str) -> ir.Value:
         if id(tensor) not in lifted:
-            lifted[id(tensor)] = graph.add_initializer(model.graph, names(name), tensor)
+            # The value of that name goes away, so the name is free unless another body has it too.
+            fresh = name if held[name] == 1 else names(name)
+            lifted[id(tensor)] = graph.add_initializer(model.graph, fresh, tensor)
         return lifted[id(tensor)]
 
     for each in list(graph.graphs(model)):
@@ -58,6 +62,13 @@ def lift(model: ir.Model) -> bool:
             del each.initializers[str(v.name)]
             changed = True
     return changed
+
+
+def _values(each: ir.Graph) -> Iterator[ir.Value]:
+    yield from each.inputs
+    yield from each.initializers.values()
+    for node in each:
+        yield from node.outputs
 
 
 def merge_equal(model: ir.Model) -> bool:
@@ -235,7 +246,8 @@ def _unsqueeze(attributes: dict[str, Any], inputs: list[Array]) -> Array:
 
 
 def _flatten(attributes: dict[str, Any], inputs: list[Array]) -> Array:
-    axis = int(attributes.get("axis", 1)) % (inputs[0].ndim + 1)
+    axis = int(attributes.get("axis", 1))
+    axis += inputs[0].ndim if axis < 0 else 0
     return inputs[0].reshape(int(np.prod(inputs[0].shape[:axis])), -1)
 
 

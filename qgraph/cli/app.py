@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -58,17 +58,24 @@ class Root(TyperGroup):
         """The commands in the order that a person meets them."""
         return list(self.commands)
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command line; exits unless `standalone_mode` is False."""
         given = list(sys.argv[1:] if args is None else args)
         is_verbose = any(flag in given for flag in VERBOSE)  # it may stand anywhere
         given = [each for each in given if each not in VERBOSE]
-        _set_logging(is_verbose)
         terminal.found.clear()
-        is_standalone = extra.pop("standalone_mode", True)
         code = DONE
         try:
-            result = super().main(given, *rest, standalone_mode=False, **extra)
+            with _logging(is_verbose):
+                result = super().main(given, prog_name, complete_var, False, **extra)
             code = result if isinstance(result, int) else DONE
             sys.stdout.flush()
         except BrokenPipeError:  # as in `qgraph passes | head`: nobody reads on
@@ -77,9 +84,11 @@ class Root(TyperGroup):
             code = USER_ERROR
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - nothing may reach a person as a traceback
             code = report(e, as_json="--json" in given, is_verbose=is_verbose)
-        if is_standalone:
+        if code == INTERRUPTED:
+            typer.echo("interrupted", err=True)
+        if standalone_mode:
             sys.exit(code)
         return code
 
@@ -104,6 +113,10 @@ def explain(e: Exception) -> tuple[Sequence[errors.Diagnostic], int]:
     if type(e).__module__.startswith("onnxruntime"):
         text, hint = f"could not run the model: {e}", "do the inputs fit the model?"
         return [errors.Diagnostic("error", "QG602", "ONNX Runtime", text, hint)], USER_ERROR
+    if isinstance(e, OSError) and e.filename is not None:
+        text = f"cannot be read or written: {e.strerror}"
+        found = errors.Diagnostic("error", "QG105", str(e.filename), text, "choose another place")
+        return [found], USER_ERROR
     text = f"internal error, please report it: {type(e).__name__}: {' '.join(str(e).split())}"
     hint = "-v shows where it happened"
     return [errors.Diagnostic("error", "QG900", "", text, hint)], INTERNAL_ERROR
@@ -113,12 +126,27 @@ def _usage(e: Any) -> errors.Diagnostic:
     ctx = getattr(e, "ctx", None)
     command = ctx.command_path if ctx is not None else "qgraph"
     text = e.format_message().strip().rstrip(".")
-    return errors.Diagnostic("error", "QG100", command, text, f"see: {command} --help")
+    hint = f"see: {command} --help"
+    known = getattr(getattr(ctx, "command", None), "commands", None)
+    quoted = text.split("'")
+    if known and text.startswith("No such command") and len(quoted) == 3:
+        hint = f"{errors.nearest(quoted[1], known)}; {hint}"
+    return errors.Diagnostic("error", "QG100", command, text, hint)
 
 
-def _set_logging(is_verbose: bool) -> None:
-    level = logging.INFO if is_verbose else logging.ERROR
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr, force=True)
+@contextlib.contextmanager
+def _logging(is_on: bool) -> Iterator[None]:
+    """Log to stderr meanwhile, or nothing but errors."""
+    root_logger = logging.getLogger()
+    level, handler = root_logger.level, logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    root_logger.setLevel(logging.INFO if is_on else logging.ERROR)
+    root_logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        root_logger.removeHandler(handler)
+        root_logger.setLevel(level)
 
 
 def _version(is_asked: bool) -> None:
@@ -144,7 +172,7 @@ def root(
 def _application() -> typer.Typer:
     look = {"add_completion": False, "rich_markup_mode": "rich", "pretty_exceptions_enable": False}
     made = typer.Typer(cls=Root, invoke_without_command=True, callback=root, **look)  # type: ignore[arg-type]
-    evaluation = typer.Typer(no_args_is_help=True, **look)  # type: ignore[arg-type]
+    evaluation = typer.Typer(**look)  # type: ignore[arg-type]
     for app, panel, name, function, examples in (
         (made, "Quantize", "optimize", optimize.optimize, optimize.EXAMPLES),
         (made, "Quantize", "inspect", inspect.inspect, inspect.EXAMPLES),

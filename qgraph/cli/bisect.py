@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +134,7 @@ def bisect(
     if as_json:
         terminal.emit(found.to_json())
         return
-    _explain(found, chosen.name, is_of_weights=weights)
+    explain(found, chosen.name, is_of_weights=weights)
 
 
 def _refuse_conflicts(
@@ -185,7 +187,8 @@ def _check(
     return search.Accuracy(model, feeds, min_sqnr=min_sqnr, max_kl=max_kl)
 
 
-def _explain(found: Found, recipe: str, *, is_of_weights: bool) -> None:
+def explain(found: Found, recipe: str, *, is_of_weights: bool) -> None:
+    """Print what was tried and what was found."""
     terminal.line(f"Check: {found.check}")
     terminal.heading("Tried")
     terminal.table(("", "model", "what the check said"), map(_row, found.trials))
@@ -194,7 +197,9 @@ def _explain(found: Found, recipe: str, *, is_of_weights: bool) -> None:
         terminal.line(f"The check holds with recipe {recipe}: nothing to find.", "bold green")
     elif not is_of_weights:
         terminal.line(f"The first bad pass is {found.guilty[0]}.", "bold red")
-        terminal.line(f"See: qgraph passes {found.guilty[0]}; qgraph bisect --weights narrows it down.")
+        terminal.line(
+            f"See: qgraph passes {found.guilty[0]}; qgraph bisect --weights narrows it down."
+        )
     else:
         _explain_weights(found)
     if found.saved:
@@ -207,20 +212,20 @@ def _row(trial: Trial) -> tuple[str, str, str]:
 
 
 def _explain_weights(found: Found) -> None:
-    count = terminal.counted(len(found.guilty), "weight")
+    is_one = len(found.guilty) == 1
+    count, them = terminal.counted(len(found.guilty), "weight"), "it" if is_one else "them"
     if found.is_spread:
         text = f"Even the {count} below do not fail alone: the error is spread over the model."
-        terminal.line(text, "bold red")
     else:
-        terminal.line(f"{count} fail{'s' if len(found.guilty) == 1 else ''} the check:", "bold red")
+        text = f"{count} {'fails' if is_one else 'fail together'}:"
+    terminal.line(text, "bold red")
     terminal.bullets(found.guilty)
     terminal.line()
-    if found.is_spread:
+    if found.is_spread or found.remedy is None:
         terminal.line("A better recipe helps more than single weights, see: qgraph recipes")
         return
-    if found.remedy is not None:
-        verdict = "holds" if found.remedy.ok else "still fails, there are more"
-        terminal.line(f"With {'it' if count == '1 weight' else 'them'} float, the check {verdict}: {found.remedy.detail}")
-    terminal.line("A rule that keeps it so, for a recipe file:" if len(found.guilty) == 1 else "A rule that keeps them so, for a recipe file:")
-    names = ", ".join(f'"{name}"' for name in found.guilty)
+    verdict = "holds" if found.remedy.ok else "still fails, there are more"
+    terminal.line(f"With {them} float, the check {verdict}: {found.remedy.detail}")
+    terminal.line(f"A rule that keeps {them} float, for a recipe file:")
+    names = ", ".join(json.dumps(glob.escape(name)) for name in found.guilty)
     terminal.line(f'\n  [[rules]]\n  names = [{names}]\n  weights = "float"')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,11 +34,14 @@ Examples:
 """
 
 RecipeName = Annotated[
-    str | None, typer.Argument(metavar="NAME|FILE", help="One of them, in full.", show_default=False)
+    str | None,
+    typer.Argument(metavar="NAME|FILE", help="One of them, in full.", show_default=False),
 ]
 ModelOutput = Annotated[
     str | None,
-    typer.Option("--output", "-o", metavar="FILE.onnx", help="Write the model.", show_default=False),
+    typer.Option(
+        "--output", "-o", metavar="FILE.onnx", help="Write the model.", show_default=False
+    ),
 ]
 
 
@@ -66,7 +70,14 @@ def recipes(name: RecipeName = None, as_json: options.Json = False) -> None:
     )
     _pipeline(found)
     terminal.heading("Rules, the first that matches a weight decides")
-    columns = ("id", "for", "weights become, the first that is possible", "activations", "solver", "")
+    columns = (
+        "id",
+        "for",
+        "weights become, the first that is possible",
+        "activations",
+        "solver",
+        "",
+    )
     terminal.table(columns, map(_rule, found.rules))
 
 
@@ -147,7 +158,9 @@ def passes(name: options.Name = None, as_json: options.Json = False) -> None:
 
     if name is None:
         kinds = [registry.get("pass", each) for each in registry.names("pass")]
-        rows = [(k.name, facts(k.needs), facts(k.gives), k.keeps.value, first_line(k)) for k in kinds]
+        rows = [
+            (k.name, facts(k.needs), facts(k.gives), k.keeps.value, first_line(k)) for k in kinds
+        ]
         columns = ("name", "needs", "gives", "keeps", "summary")
         _list("passes", columns, rows, as_json=as_json)
         return
@@ -162,8 +175,12 @@ def passes(name: options.Name = None, as_json: options.Json = False) -> None:
     terminal.line()
     terminal.line(full_text(kind))
     terminal.line()
-    kept = {"nothing": "no promise: the function may change"}.get(kind.keeps.value, kind.keeps.value)
-    terminal.pairs([*((key, ", ".join(declared[key]) or "nothing") for key in declared), ("keeps", kept)])
+    kept = {"nothing": "no promise: the function may change"}.get(
+        kind.keeps.value, kind.keeps.value
+    )
+    terminal.pairs(
+        [*((key, ", ".join(declared[key]) or "nothing") for key in declared), ("keeps", kept)]
+    )
     _options(f"options.{kind.name}", fields)
 
 
@@ -261,7 +278,9 @@ def option_fields(kind: type[BaseModel]) -> list[dict[str, Any]]:
     for key, info in kind.model_fields.items():
         typed = getattr(info.annotation, "__name__", None) or str(info.annotation)
         text = info.description or documented.get(key, "")
-        required = "(required)" if info.is_required() else info.get_default(call_default_factory=True)
+        required = (
+            "(required)" if info.is_required() else info.get_default(call_default_factory=True)
+        )
         found.append({"key": key, "type": typed, "default": required, "help": text})
     return found
 
@@ -274,7 +293,7 @@ def field_docs(kind: type) -> dict[str, str]:
         return {}
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     found = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
@@ -293,9 +312,8 @@ def first_line(kind: type) -> str:
 
 
 def full_text(kind: type) -> str:
-    """What the module and the class say about themselves."""
+    """What the module and the class say about themselves, but for the first line of the class."""
     module = inspect.getmodule(kind)
-    texts = [inspect.getdoc(module) if module else "", inspect.getdoc(kind)]
+    rest = (inspect.getdoc(kind) or "").partition("\n")[2]
+    texts = [inspect.getdoc(module) if module else "", rest]
     return "\n\n".join(t.strip() for t in texts if t)
-
-

@@ -26,7 +26,9 @@ def doctor(as_json: options.Json = False) -> None:
         terminal.emit({"ok": is_well, "checks": listed})
     else:
         marks = {True: "ok", False: "MISSING"}
-        rows = [(marks[c.ok] if c.name not in ADVICE else "ok" if c.ok else "advice", c) for c in checks]
+        rows = [
+            (marks[c.ok] if c.name not in ADVICE else "ok" if c.ok else "advice", c) for c in checks
+        ]
         terminal.table(("", "what", "found"), ((mark, c.name, c.detail) for mark, c in rows))
         hints = [f"{c.name}: {c.hint}" for c in checks if not c.ok and c.hint]
         if hints:

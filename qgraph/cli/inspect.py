@@ -126,7 +126,11 @@ def _groups(found: Inspection) -> None:
     groups: Counter[tuple[str, str, str]] = Counter()
     sizes: Counter[tuple[str, str, str]] = Counter()
     for w in able:
-        key = ("/".join(w.operators), f"{w.dtype}{terminal.shape(w.shape)}", _sharing(w.tied, w.uses))
+        key = (
+            "/".join(w.operators),
+            f"{w.dtype}{terminal.shape(w.shape)}",
+            _sharing(w.tied, w.uses),
+        )
         groups[key] += 1
         sizes[key] += w.nbytes
     rows = ((key[0], key[1], groups[key], megabytes(sizes[key]), key[2]) for key in groups)
@@ -146,7 +150,10 @@ def _every_weight(found: Inspection) -> None:
     terminal.heading(f"Weights ({len(found.weights)})")
     rows = []
     for w in found.weights:
-        notes = [_sharing(w.tied, w.uses), f"float for {', '.join(w.others)} too" if w.others else ""]
+        notes = [
+            _sharing(w.tied, w.uses),
+            f"float for {', '.join(w.others)} too" if w.others else "",
+        ]
         verdict = f"float: {w.reason}" if w.reason else "; ".join(filter(None, notes))
         n, k = w.matrix
         rows.append(
@@ -177,7 +184,9 @@ def _unquantizable(found: Inspection) -> None:
         sizes[c.reason] += c.nbytes
     if counts:
         terminal.heading("Cannot be quantized, and why")
-        rows = ((counts[r], megabytes(sizes[r]), r) for r in sorted(counts, key=lambda r: -sizes[r]))
+        rows = (
+            (counts[r], megabytes(sizes[r]), r) for r in sorted(counts, key=lambda r: -sizes[r])
+        )
         terminal.table((">tensors", ">size", "reason"), rows)
 
 

@@ -114,7 +114,7 @@ def compare(
         message = "a comparison needs either data or random inputs"
         hint = "give --data FILE.npz (real inputs), or --random N to compare on random ones"
         raise errors.InputError(errors.Diagnostic("error", "QG131", "--data", message, hint))
-    from qgraph import compiler, evaluate, files
+    from qgraph import evaluate, files, floors
 
     files.load(quant_model)  # says better than a session what is wrong with a file
     with terminal.progress(is_shown=not as_json) as progress:
@@ -125,7 +125,7 @@ def compare(
             float_model, quant_model, feeds, logits=logits or (), rounds=rounds, threads=threads
         )
     terminal.found.update(found.to_json(), data=data or f"random ({random})")
-    problems = compiler.floor_problems(found, min_sqnr, max_kl)
+    problems = floors.Floors(data, min_sqnr, max_kl).problems(found)
     if not as_json:
         _comparison(found, float_model, quant_model, data, random)
     if problems:
@@ -176,7 +176,14 @@ def _comparison(
     if judged:
         terminal.heading("Predictions")
         terminal.table(
-            ("output", ">predictions", "KL divergence (95 %)", ">99 %", ">worst", "same top-1 (95 %)"),
+            (
+                "output",
+                ">predictions",
+                "KL divergence (95 %)",
+                ">99 %",
+                ">worst",
+                "same top-1 (95 %)",
+            ),
             ((name, *divergence_row(each)) for name, each in judged),
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +134,7 @@ def optimize(
     model for the target. Every weight that stays float has a reason in the
     summary. OUT appears only when all is done and every check has passed.
     """
-    destination = _check_outputs(model, output, reports or [], force=force)
+    destination = _check_outputs(model, output, reports or (), force=force)
 
     from qgraph import compiler
     from qgraph import recipe as recipes
@@ -142,36 +144,48 @@ def optimize(
     if data is not None and min_sqnr is None and max_kl is None:
         _warn_of_unused_data(chosen)
     is_quiet = quiet or as_json or bool(print_after)
-    with terminal.progress(is_shown=not is_quiet) as progress:
-        try:
-            result = compiler.optimize(
-                model,
-                chosen,
-                target=target,
-                data=dataset(model, data, samples),
-                output=destination,
-                force=force,
-                verify=verify.value,
-                inspect=not no_inspect,
-                min_sqnr=min_sqnr,
-                max_kl=max_kl,
-                external_data=external_data,
-                threads=threads,
-                instruments=watchers,
-                progress=progress,
-            )
-        except compiler.FloorMissed as e:
-            _write_reports(e.report, reports or [])
-            raise
-    _write_reports(result.report, reports or [])
+    with terminal.progress(is_shown=not is_quiet) as progress, _reports_of_failures(reports):
+        result = compiler.optimize(
+            model,
+            chosen,
+            target=target,
+            data=dataset(model, data, samples),
+            output=destination,
+            force=force,
+            verify=verify.value,
+            inspect=not no_inspect,
+            min_sqnr=min_sqnr,
+            max_kl=max_kl,
+            external_data=external_data,
+            threads=threads,
+            instruments=watchers,
+            progress=progress,
+        )
+    if stop_after is not None:
+        _tell_of_the_stop(result.report, stop_after)
+    _write_reports(result.report, reports)
     if as_json:
-        import json
-
         terminal.emit(json.loads(result.report.to_json()))
     elif quiet:
         terminal.diagnostics(d for d in result.report.diagnostics if d.severity == "warning")
+    elif stop_after is not None:
+        terminal.line(f"stopped after {stop_after}; written to {destination}", "bold")
     else:
         summary(result.report)
+
+
+@contextlib.contextmanager
+def _reports_of_failures(reports: Sequence[Path] | None) -> Iterator[None]:
+    """Write the reports also where an accuracy floor was missed: they tell which weights are bad."""
+    from qgraph import floors
+
+    try:
+        yield
+    except floors.FloorMissed as e:
+        e.report.output = ""
+        _write_reports(e.report, reports)
+        terminal.found.update(json.loads(e.report.to_json()))
+        raise
 
 
 def dataset(model: str, source: str | None, samples: int | None) -> Dataset | None:
@@ -226,7 +240,9 @@ def _warn_of_unused_data(recipe: Recipe) -> None:
 
     if any(Fact.STATS in registry.get("pass", each).needs for each in recipe.pipeline):
         return
-    message = f"is not used: recipe {recipe.name!r} does not calibrate, and there is no floor to hold"
+    message = (
+        f"is not used: recipe {recipe.name!r} does not calibrate, and there is no floor to hold"
+    )
     hint = "give --min-sqnr or --max-kl, or see: qgraph recipes"
     terminal.diagnostics([errors.Diagnostic("warning", "QG132", "--data", message, hint)])
 
@@ -258,13 +274,21 @@ def _check_outputs(model: str, output: str | None, reports: Sequence[Path], *, f
     return files.check_output(output, force=force)
 
 
-def _write_reports(report: Report, paths: Sequence[Path]) -> None:
-    for path in paths:
+def _write_reports(report: Report, paths: Sequence[Path] | None) -> None:
+    for path in paths or ():
         text = report.to_json() if path.suffix == ".json" else report.to_markdown()
         with tempfile.TemporaryDirectory(prefix=".qgraph-", dir=path.parent) as folder:
             whole = Path(folder) / path.name
             whole.write_text(text, encoding="utf-8")
             os.replace(whole, path)
+
+
+def _tell_of_the_stop(report: Report, stop_after: str) -> None:
+    """A run that was ended early says so, and not that nothing was quantized."""
+    report.notes.append(
+        f"the run was stopped after {stop_after}; the output is the model as it was then"
+    )
+    report.diagnostics = [d for d in report.diagnostics if d.code not in ("QG320", "QG321")]
 
 
 def summary(report: Report) -> None:
@@ -282,7 +306,7 @@ def summary(report: Report) -> None:
     others = [d for d in report.diagnostics if not _is_ledger_line(d)]
     if others:
         terminal.heading("Findings")
-        terminal.bullets(f"{d.severity} {d.code} {d.where}: {d.message}" for d in others)
+        terminal.bullets(str(d).partition("\n")[0] for d in others)
     terminal.line()
     terminal.pairs(
         [
@@ -305,7 +329,15 @@ def _groups(report: Report) -> None:
     if not report.quantized:
         return
     terminal.heading("Quantized")
-    columns = ("operators", "weights are", "what runs", ">weights", ">before", ">after", ">worst SQNR")
+    columns = (
+        "operators",
+        "weights are",
+        "what runs",
+        ">weights",
+        ">before",
+        ">after",
+        ">worst SQNR",
+    )
     terminal.table(
         columns,
         (

@@ -105,14 +105,16 @@ Logits: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int,
     typer.Option(
-        "--threads", metavar="N", min=0, help="Threads to use; 0 is one per core.", show_default=True
+        "--threads",
+        metavar="N",
+        min=0,
+        help="Threads to use; 0 is one per core.",
+        show_default=True,
     ),
 ]
 Force: TypeAlias = Annotated[
     bool,
-    typer.Option(
-        "--force", "-f", help="Replace files that exist already.", rich_help_panel=OUTPUT
-    ),
+    typer.Option("--force", "-f", help="Replace files that exist already.", rich_help_panel=OUTPUT),
 ]
 Json: TypeAlias = Annotated[
     bool,

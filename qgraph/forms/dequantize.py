@@ -55,7 +55,8 @@ class Dequantize(Form):
         matrix, dims = _stored(use, weight.dims, weight.is_tied)
         untransposed = use.through is not None and weight.is_tied
         home, anchor = writer.place(weight, use)
-        values = constants(writer, weight, q, matrix, dims, home)
+        # ONNX Runtime moves a Transpose before the DequantizeLinear; without a zero point 1.23 takes codes for uint8.
+        values = constants(writer, weight, q, matrix, dims, home, with_zero_point=untransposed)
         form = matrix.onnx_form(q.spec, dims)
         assert not isinstance(form, str)
         axis, block, _ = form
@@ -116,10 +117,15 @@ def constants(
     matrix: Matrix,
     dims: tuple[int, ...],
     home: ir.Graph,
+    *,
+    with_zero_point: bool = False,
 ) -> list[ir.Value]:
-    """Codes, scale and, where needed, zero point as DequantizeLinear reads them; shared between uses."""
-    if q.zero_point is None:
+    """Codes, scale and, where needed or wanted, zero point as DequantizeLinear reads them; shared between uses."""
+    zero_point = q.zero_point
+    if zero_point is None:
         q = q.stored_as(signed=True)
+        if with_zero_point:
+            zero_point = np.zeros(q.scale.shape, np.int8)
     form = matrix.onnx_form(q.spec, dims)
     assert not isinstance(form, str)
     _, block, scale_shape = form
@@ -140,17 +146,17 @@ def constants(
         writer.constant(
             (*key, "scale"),
             f"{weight.name}.scale",
-            lambda: np.ascontiguousarray(spread(q.scale)).astype(q.spec.scale_dtype),
+            lambda: spread(q.scale).astype(q.spec.scale_dtype),
             home,
         ),
     ]
-    if q.zero_point is not None:
-        zero_point = q.zero_point
+    if zero_point is not None:
+        points = zero_point
         values.append(
             writer.packed(
                 (*key, "zero_point"),
                 f"{weight.name}.zero_point",
-                lambda: np.ascontiguousarray(spread(zero_point)),
+                lambda: spread(points),
                 q.spec.qtype.dtype,
                 home,
             )

@@ -14,11 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph, numerics
-from qgraph.spec import QTensor, QuantSpec
+from qgraph.spec import Codes, QTensor, QuantSpec
 from qgraph.target import Form, Request, Writer
 from qgraph.weights import Use, Weight
 
 BLOCKS = (16, 32, 64, 128, 256)
+_PART = 1 << 20  # codes packed at a time
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,26 @@ def block_of(spec: QuantSpec, k: int) -> int:
 
 def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> list[ir.Value]:
     """B, scales and, for asymmetric weights, zero points; shared by all uses of the weight."""
-    q = q.stored_as(signed=False)
+    if q.zero_point is not None:
+        q = q.stored_as(signed=False)
     n, k = q.shape
     bits = q.spec.qtype.bits
     blocks = -(-k // block)
-    middle = numerics.midpoint(q.spec)
+    # The operator's codes are unsigned: 2^(bits-1) more than signed ones, which flips their highest bit.
+    half = 2 ** (bits - 1) if q.spec.qtype.is_signed else 0
+    flip = np.uint8(half * (255 // (2**bits - 1)))
 
     def codes() -> np.ndarray[Any, Any]:
-        padded = q.codes
-        if blocks * block != k:
-            padded = np.full((n, blocks * block), middle, np.uint8)
-            padded[:, :k] = q.codes
-        return numerics.pack(padded, bits).reshape(n, blocks, block * bits // 8)
+        packed = np.empty((n, blocks, block * bits // 8), np.uint8)
+        rows = max(1, _PART // max(k, 1))
+        for start in range(0, n, rows):
+            part: Codes = q.codes[start : start + rows]
+            if blocks * block != k:
+                padding = ((0, 0), (0, blocks * block - k))
+                part = np.pad(part, padding, constant_values=numerics.midpoint(q.spec))  # type: ignore[assignment]
+            flat = numerics.pack(part, bits) ^ flip
+            packed[start : start + rows] = flat.reshape(-1, *packed.shape[1:])
+        return packed
 
     def per_block(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.ascontiguousarray(np.broadcast_to(values, (n, blocks)))

@@ -7,6 +7,7 @@ it quantizes activations by itself (DYNAMIC_QUANTIZATION_GROUP_SIZE). Convolutio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qgraph.forms.dequantize import Dequantize
@@ -15,7 +16,10 @@ from qgraph.target import Request, Target
 
 
 class WholeBlocks(Dequantize):
-    """DequantizeLinear whose blocks divide K: OpenVINO's reader refuses others."""
+    """DequantizeLinear whose blocks divide K: OpenVINO's reader refuses others.
+
+    Dynamic activations need nothing in the file: OpenVINO quantizes those of compressed MatMuls by itself.
+    """
 
     def refuses(self, request: Request) -> str:
         """As Dequantize, and blocks must divide K; 2-bit ONNX types are unknown to OpenVINO."""
@@ -28,6 +32,8 @@ class WholeBlocks(Dequantize):
             return (
                 "OpenVINO expands tables in blocks to float; it keeps one scale per row compressed"
             )
+        if request.activation is not None and request.activation.dynamic:
+            request = replace(request, activation=None)
         return super().refuses(request)
 
 

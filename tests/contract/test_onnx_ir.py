@@ -5,6 +5,7 @@ If one fails after an upgrade, the library changed: read the work-around named i
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def test_b9_shape_inference_hides_its_failures(caplog: pytest.LogCaptureFixture)
     model.graph.initializers["w"].const_value = ir.tensor(np.ones(3, np.float32), name="w")
     model.graph.initializers["w"].shape = ir.Shape([3])
     model.graph[0].op_type = "MatMul"
+    caplog.set_level(logging.DEBUG)
     result = common.ShapeInferencePass()(model)
     assert not result.modified
     assert "Shape inference failed" in caplog.text

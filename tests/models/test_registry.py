@@ -89,3 +89,12 @@ def test_ternary_packing_is_exact(shape):
 def test_packing_refuses_what_is_not_ternary():
     with pytest.raises(ValueError, match="Not a ternary tensor"):
         checkpoint.pack_ternary(np.array([[1.0, 0.5]], np.float32))
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_readme_states_what_was_recorded(name):
+    readme = (checkpoint.WEIGHTS.parent / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+    found = models.info(name)
+    digits = 2 if found.metric == "perplexity" else 4
+    assert line.endswith(f"| {found.metric} {found.reached:.{digits}f} |")

@@ -1,8 +1,4 @@
-"""Find what breaks a model: the first pass after which a check fails, or the smallest set of weights.
-
-    check = Accuracy("model.onnx", feeds, min_sqnr=10)
-    found = bad_pass("model.onnx", "int4", check)
-    found = bad_weights("model.onnx", "int4", check)
+"""The searches: `bad_pass` and `bad_weights`.
 
 `bad_pass` runs the pipeline once and checks the model after every pass that changed it.
 
@@ -11,44 +7,29 @@ weights S quantized" and F monotone, the loop
 
     S = ∅;  while not F(S):  S += the last weight of the shortest prefix P of the others with F(S ∪ P)
 
-ends with a set of which no weight can be left out, after O(|S| log n) runs, each prefix found by bisection. Where F
-is not monotone, S still fails, but may not be minimal. Reference: QuickXplain (Junker 2004), insertion based.
+ends with a set of which no weight can be left out, after O(|S| log n) runs, each prefix found by bisection. The
+weights stand in order of their own error, worst first, so that S is made of bad ones. Where F is not monotone, S
+still fails, but may not be minimal. Reference: QuickXplain (Junker 2004), insertion based.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import compiler, errors, evaluate, files, registry, runtime, verify
+from qgraph import errors, files, registry
 from qgraph import recipe as recipes
+from qgraph.bisect.checks import Check, Outcome
 from qgraph.pipeline import Context, Fact, Instrument, Pass, Pipeline, StopPipeline
 
-DEFAULT_SQNR = 10.0  # dB; below that an output has little to do with the float one
-MOST_WEIGHTS = 12  # more of them together: the error is spread, and no set explains it
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a check says of one model."""
-
-    ok: bool
-    detail: str
-
-
-class Check(Protocol):
-    """Judges the model in a file. `name` says what holds where it is ok."""
-
-    name: str
-
-    def __call__(self, path: Path) -> Outcome:
-        """Judge one model; never raises for what is wrong with it."""
+MOST_WEIGHTS = 8  # more of them together: the error is spread, and no set explains it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,107 +64,6 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {"found": bool(self.guilty), **asdict(self)}
-
-
-class Verifies:
-    """The verifier finds no error."""
-
-    name = "the verifier finds no error"
-
-    def __call__(self, path: Path) -> Outcome:
-        """Verify."""
-        wrong = [d for d in verify.verify(ir.load(path)) if d.severity == "error"]
-        return Outcome(not wrong, str(wrong[0]) if wrong else "no error")
-
-
-class Loads:
-    """ONNX Runtime loads it."""
-
-    name = "ONNX Runtime loads the model"
-
-    def __call__(self, path: Path) -> Outcome:
-        """Open a session."""
-        try:
-            runtime.session(path, threads=1)
-        except errors.RuntimeFailure as e:
-            return Outcome(False, e.diagnostics[0].message)
-        return Outcome(True, "loads")
-
-
-class Runs:
-    """ONNX Runtime runs it on given inputs."""
-
-    name = "ONNX Runtime runs the model"
-
-    def __init__(self, feeds: Iterable[Mapping[str, Any]]) -> None:
-        self._feeds = feeds
-
-    def __call__(self, path: Path) -> Outcome:
-        """Run every feed."""
-        loaded = Loads()(path)
-        if not loaded.ok:
-            return loaded
-        session = runtime.session(path, threads=1)
-        count = 0
-        for feeds in self._feeds:
-            try:
-                session.run(None, dict(feeds))
-            except Exception as e:  # noqa: BLE001 - the runtime's exceptions are not public
-                return Outcome(False, f"loads, but does not run: {e}")
-            count += 1
-        return Outcome(True, f"runs on {count} inputs")
-
-
-class Accuracy:
-    """Its outputs are close to those of the float model."""
-
-    def __init__(
-        self,
-        model: files.Source,
-        feeds: Any,
-        *,
-        min_sqnr: float | None = None,
-        max_kl: float | None = None,
-    ) -> None:
-        self._model, self._feeds = model, feeds
-        self._floors = (min_sqnr, max_kl)
-        self._runs = Runs(feeds)
-        sqnr = f"SQNR is at least {min_sqnr:g} dB" if min_sqnr is not None else ""
-        kl = f"KL divergence is at most {max_kl:g} nats" if max_kl is not None else ""
-        self.name = f"the model runs, and its {' and '.join(filter(None, (sqnr, kl)))}"
-
-    def __call__(self, path: Path) -> Outcome:
-        """Compare with the float model."""
-        ran = self._runs(path)
-        if not ran.ok:
-            return ran
-        found = evaluate.compare(self._model, path, self._feeds, rounds=0)
-        problems = compiler.floor_problems(found, *self._floors)
-        parts = []
-        for output in found.outputs:
-            if output.error is not None:
-                parts.append(f"{output.name} {output.error.sqnr_db:.1f} dB")
-            if output.divergence is not None:
-                parts.append(f"KL {output.divergence.kl_mean.value:.2g}")
-        return Outcome(not problems, ", ".join(parts))
-
-
-class Divergence:
-    """A language model predicts as the float model does."""
-
-    def __init__(self, model: files.Source, tokens: Any, context: int, *, max_kl: float) -> None:
-        self._model, self._tokens, self._context = model, tokens, context
-        self._max_kl = max_kl
-        self.name = f"KL divergence on tokens is at most {max_kl:g} nats"
-
-    def __call__(self, path: Path) -> Outcome:
-        """Compare with the float model."""
-        loaded = Loads()(path)
-        if not loaded.ok:
-            return loaded
-        found = evaluate.divergence(self._model, path, self._tokens, self._context)
-        mean = found.divergence.kl_mean.value
-        return Outcome(mean <= self._max_kl, f"KL {mean:.2g} nats")
 
 
 def bad_pass(
@@ -234,55 +114,77 @@ def bad_weights(
     """A smallest set of weights whose quantization makes a check fail; arguments as `bad_pass`.
 
     Raises:
-        errors.InputError: QG710 where the check fails on the float model already.
+        errors.InputError: QG710 where the check fails on the float model already, QG711 where it fails with every
+            weight kept float too.
         errors.QGraphError: what the pipeline raises.
     """
     with tempfile.TemporaryDirectory(prefix="qgraph-bisect-") as folder:
         judge = _Judge(check, Path(folder), Found(check.name), progress)
         _require_good(judge, files.load(model))
-        labels: dict[str, str] = {}
-        done: dict[frozenset[str], bool] = {}
-
-        def fails(names: Sequence[str] | None) -> bool:
-            """Judge the model with only these weights quantized (None: all)."""
-            key = frozenset(labels if names is None else names)
-            if key not in done or names is None:
-                work = files.load(model)
-                chosen = _Only(names, labels)
-                _run(work, recipe, [chosen])
-                done[frozenset(chosen.quantized)] = not judge(work, chosen.what())
-                key = frozenset(chosen.quantized)
-            return done[key]
-
-        if not fails(None):
-            return judge.found
-        guilty, judge.found.is_spread = _smallest(list(labels), fails)
-        judge.found.guilty = tuple(labels[name] for name in guilty)
-        if guilty and not judge.found.is_spread:
-            fails([name for name in labels if name not in guilty])
-            last = judge.found.trials[-1]
-            judge.found.remedy = replace(last, what="without them: " + last.what)
+        subsets = _Subsets(model, recipe, judge)
+        found = judge.found
+        if not subsets.fail(None):
+            return found
+        if subsets.fail([]):
+            message = f"fails with every weight kept float too: {subsets.trial([]).detail}"
+            hint = "a pass is the cause: qgraph bisect without --weights finds it"
+            raise errors.InputError(errors.Diagnostic("error", "QG711", check.name, message, hint))
+        guilty, found.is_spread = _smallest(subsets.worst_first(), subsets.fail)
+        found.guilty = tuple(subsets.labels[name] for name in guilty)
+        if not found.is_spread:
+            found.remedy = subsets.trial([n for n in subsets.labels if n not in guilty])
         if keep is not None:
             judge.keep(keep)
-        return judge.found
+        return found
 
 
-def _smallest(
-    names: list[str], fails: Callable[[Sequence[str]], bool]
-) -> tuple[list[str], bool]:
+class _Subsets:
+    """Quantizes some weights only, and remembers what the check said of each such model."""
+
+    def __init__(self, model: files.Source, recipe: recipes.Recipe, judge: _Judge) -> None:
+        self._model, self._recipe, self._judge = model, recipe, judge
+        self._done: dict[frozenset[str], Trial] = {}
+        self._own_sqnr: dict[str, float] = {}
+        self.labels: dict[str, str] = {}
+
+    def trial(self, names: Sequence[str] | None) -> Trial:
+        """Judge the model with only these weights quantized (None: all, which must come first)."""
+        key = frozenset(names or ())
+        if names is None or key not in self._done:
+            work = files.load(self._model)
+            chosen = _Only(names, self.labels)
+            ctx = _run(work, self._recipe, [chosen])
+            for name in chosen.quantized:
+                sqnr = ctx.records.get(name, {}).get("sqnr_db", math.inf)
+                self._own_sqnr.setdefault(name, sqnr)
+            self._judge(work, chosen.what())
+            key = frozenset(chosen.quantized)
+            self._done[key] = self._judge.found.trials[-1]
+        return self._done[key]
+
+    def fail(self, names: Sequence[str] | None) -> bool:
+        """Whether the check fails with only these weights quantized."""
+        return not self.trial(names).ok
+
+    def worst_first(self) -> list[str]:
+        """All weights that the recipe quantizes, in order of their own error."""
+        return sorted(self.labels, key=lambda name: self._own_sqnr[name])
+
+
+def _smallest(names: list[str], fails: Callable[[Sequence[str]], bool]) -> tuple[list[str], bool]:
     """The set S of the text at the top, and whether it was given up as too large."""
     chosen: list[str] = []
     while not fails(chosen):
         if len(chosen) == MOST_WEIGHTS:
             return chosen, True
-        low, high = 0, len(names)  # with the first `high` the check fails, with `low` it holds
+        low, high = 0, len(names)  # with the first `high` of them it fails, with `low` it does not
         while high - low > 1:
             middle = (low + high) // 2
             if fails([*chosen, *names[:middle]]):
                 high = middle
             else:
                 low = middle
-        if high == 0:
+        if high == 0:  # F is not monotone
             break
         chosen.append(names[high - 1])
         names = names[: high - 1]
@@ -309,7 +211,9 @@ class _Judge:
         try:
             files.save(model, path, force=True)
             outcome = self._check(path)
-        except errors.QGraphError as e:
+        except Exception as e:
+            if not _is_about_the_model(e):
+                raise
             outcome = Outcome(False, str(e))
         self.found.trials.append(Trial(what, outcome.ok, outcome.detail))
         old = self._kept.get(outcome.ok)
@@ -376,6 +280,11 @@ class _Only(Instrument):
         return f"{count} weights quantized" if count else "no weight quantized"
 
 
+def _is_about_the_model(e: Exception) -> bool:
+    """True for what qgraph raises on purpose, and for what ONNX Runtime raises."""
+    return isinstance(e, errors.QGraphError) or type(e).__module__.startswith("onnxruntime")
+
+
 def _require_good(judge: _Judge, model: ir.Model) -> None:
     if judge(model, "the float model"):
         return
@@ -385,8 +294,9 @@ def _require_good(judge: _Judge, model: ir.Model) -> None:
     raise errors.InputError(errors.Diagnostic("error", "QG710", judge.found.check, message, hint))
 
 
-def _run(model: ir.Model, recipe: recipes.Recipe, instruments: Sequence[Instrument]) -> None:
+def _run(model: ir.Model, recipe: recipes.Recipe, instruments: Sequence[Instrument]) -> Context:
     target = registry.get("target", recipe.target)
     pipeline = Pipeline(recipe.pipeline, {k: dict(v) for k, v in recipe.options.items()})
     ctx = Context(target, recipe, rng=np.random.default_rng(recipe.seed))
     pipeline.run(model, ctx, instruments)
+    return ctx
