@@ -185,7 +185,9 @@ class Probe:
         self.nbytes = 96 << 20
         self.parts = []
         for _ in range(threads):
-            memory = mmap.mmap(-1, self.nbytes + (2 << 20))
+            # Private: shared memory would get small pages, and the probe would be too slow.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            memory = mmap.mmap(-1, self.nbytes + (2 << 20), flags=flags)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             array = np.frombuffer(memory, np.uint8)
