@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from qgraph import errors, graph, opset, sensitivity, weights
+from qgraph import errors, graph, opset, sensitivity, ternary, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.plan import Decision
 from qgraph.recipe import AUTO, FLOAT, Rule
@@ -91,6 +91,8 @@ def _match(rules: Sequence[Rule], weight: Weight) -> tuple[int, Rule | None]:
         if weight.shape[0] * weight.shape[1] < rule.min_elements or (
             rule.tied and not weight.is_tied
         ):
+            continue
+        if rule.ternary and not all(ternary.is_ternary(u) for u in weight.uses if not u.reason):
             continue
         return index, rule
     return -1, None

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qgraph import errors
 from qgraph.runtime import library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
@@ -41,6 +41,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_int32, _pointer, _int64, _int64, _int64, _int32, _int32, _int32, *[_pointer] * 5],
     ),
     "qg_pack": (_int32, [_pointer, _int64, _int64, _int32, _pointer]),
+    "qg_matmul": (_int32, [_pointer]),
+    "qg_matmul_scratch": (_int64, [_pointer]),
+    "qg_probe_read": (_int64, [_pointer, _int64, _pointer]),
+    "qg_probe_dot": (_int64, [_int32, _int64, _pointer]),
 }
 
 

@@ -51,6 +51,8 @@ class Rule(_Strict):
     """Name of the weight solver."""
     tied: bool = False
     """Only weights that are used in several ways, as a table and as a head."""
+    ternary: bool = False
+    """Only weights that are exactly ternary: each row holds -s, 0 and s alone."""
     sensitive: str = ""
     """Spec for the weights of this rule that hurt most (see qgraph.sensitivity)."""
     sensitive_share: float = 0.0
@@ -139,6 +141,18 @@ _TIED = Rule(
     id="tied", ops=_KIND_OPS["embedding"], tied=True, weights=("int8.g32", "int8.ch", FLOAT)
 )
 
+_TABLES = (_TIED, _rule("embedding", "int8.ch", "int8.g32", FLOAT))
+_REST = (
+    _rule("conv", "int8.ch", "int8.tensor", FLOAT),
+    _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
+)
+
+
+def _int4(group: int) -> Rule:
+    specs = (f"uint4.g{group}.asym", f"int4.g{group}", "int8.ch", FLOAT)
+    return _rule("linear", *specs, sensitive=f"int8.g{group}", sensitive_share=0.09)
+
+
 _NO_DATA = (
     "a convolution is faster in int8 only with activations calibrated on data (--data), which needs static INT8, "
     "not in this version yet; --recipe int8-weights makes it smaller"
@@ -176,50 +190,35 @@ PRESETS: dict[str, Recipe] = {
         Recipe(
             name="int8-weights",
             summary="int8 weights, float activations: a quarter of the size, nearly no error",
-            rules=(
-                _TIED,
-                _rule("embedding", "int8.ch", "int8.g32", FLOAT),
-                _rule("linear", "int8.g32", "int8.ch", FLOAT),
-                _rule("conv", "int8.ch", "int8.tensor", FLOAT),
-                _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
-            ),
+            rules=(*_TABLES, _rule("linear", "int8.g32", "int8.ch", FLOAT), *_REST),
         ),
         Recipe(
             name="int4",
             summary="4-bit weights in groups of 32; int8 for embeddings, convolutions and the most sensitive 9 %",
-            rules=(
-                _TIED,
-                _rule("embedding", "int8.ch", "int8.g32", FLOAT),
-                _rule(
-                    "linear",
-                    "uint4.g32.asym",
-                    "int4.g32",
-                    "int8.ch",
-                    FLOAT,
-                    sensitive="int8.g32",
-                    sensitive_share=0.09,
-                ),
-                _rule("conv", "int8.ch", "int8.tensor", FLOAT),
-                _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
-            ),
+            rules=(*_TABLES, _int4(32), *_REST),
         ),
         Recipe(
             name="int4-g128",
             summary="as int4, in groups of 128: 0.8 bits per weight less and faster kernels, somewhat more error",
+            rules=(*_TABLES, _int4(128), *_REST),
+        ),
+        Recipe(
+            name="w4a8",
+            summary="4-bit weights in groups of 32 and int8 activations in qgraph's own operators",
+            target="ort-qgraph",
+            rules=(*_TABLES, _rule("linear", "int4.g32.f16", "int4.g32", "int8.ch", FLOAT), *_REST),
+        ),
+        Recipe(
+            name="ternary",
+            summary="exactly ternary weights in 2 bits without loss; int8 for the others",
+            target="ort-qgraph",
             rules=(
-                _TIED,
-                _rule("embedding", "int8.ch", "int8.g32", FLOAT),
-                _rule(
-                    "linear",
-                    "uint4.g128.asym",
-                    "int4.g128",
-                    "int8.ch",
-                    FLOAT,
-                    sensitive="int8.g128",
-                    sensitive_share=0.09,
+                _rule("linear", "int2.ch", ternary=True, solver="ternary").model_copy(
+                    update={"id": "ternary"}
                 ),
-                _rule("conv", "int8.ch", "int8.tensor", FLOAT),
-                _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
+                *_TABLES,
+                _rule("linear", "int8.g32", "int8.ch", FLOAT),
+                *_REST,
             ),
         ),
     )

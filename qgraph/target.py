@@ -48,6 +48,8 @@ class Form(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     domains: ClassVar[Mapping[str, int]] = {}
+    takes_half_scales: ClassVar[bool] = False
+    """Scales may be float16 where activations are float32."""
 
     @abstractmethod
     def refuses(self, request: Request) -> str:
@@ -101,7 +103,7 @@ class Target:
         """The best form for a request that needs no higher opset than `reachable_opset`, or why there is none."""
         reasons = []
         for form in self.forms.get(request.use.kind, ()):
-            reason = form.refuses(request)
+            reason = form.refuses(request) or _mixed(form, request)
             needed = 0 if reason else form.opset(request)
             if not reason and needed > min(self.max_opset, reachable_opset):
                 limit = (
@@ -122,6 +124,15 @@ class Target:
     def form(self, name: str) -> Form:
         """The form of that name."""
         return next(f for forms in self.forms.values() for f in forms if f.name == name)
+
+
+def _mixed(form: Form, request: Request) -> str:
+    is_half = request.spec.scale_dtype == "float16" and request.dtype == ir.DataType.FLOAT
+    return (
+        "its scales have the type of the activations, float32"
+        if is_half and not form.takes_half_scales
+        else ""
+    )
 
 
 class Writer:

@@ -50,7 +50,9 @@ bool is_supported(Isa isa) {
     case Isa::kScalar: return true;
 #if defined(__x86_64__)
     // These look at the operating system's support for the registers as well.
-    case Isa::kAvx2: return __builtin_cpu_supports("avx2");
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     case Isa::kAvx512Vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -6,11 +6,13 @@
 
 #include <stdint.h>
 
-#define QG_ABI_VERSION 1
+#define QG_ABI_VERSION 2
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum QgStatus { QG_OK = 0, QG_INVALID_ARGUMENT = 1, QG_ISA_NOT_AVAILABLE = 2 };
+
+enum QgFormat { QG_INT4 = 0, QG_TERNARY = 1 };
 
 // How rtn_search quantizes.
 enum QgRtnMode {
@@ -44,3 +46,31 @@ QG_EXPORT int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64
 // with zeros.
 QG_EXPORT int32_t qg_pack(const uint8_t* codes, int64_t rows, int64_t cols, int32_t bits,
                           uint8_t* packed);
+
+// y [m, n] = x [m, k] * weights^T + bias on the calling thread, as the operators compute it; the
+// layout of the weights is in qgraph/ops/layout.py. scratch has qg_matmul_scratch bytes. For tests
+// and benchmarks: `task_order` 0 runs the tasks in order, 1 in reverse.
+struct QgMatMul {
+  int32_t isa;     // -1 for the one in use
+  int32_t format;  // QgFormat
+  int64_t m, n, k;
+  int64_t group, activation_bits, activation_block;
+  const uint8_t* codes;
+  const void* scales;  // INT4 [tiles, groups, 16]; ternary float [tiles * 16]
+  int32_t scales_are_float16;
+  int32_t task_order;
+  const uint8_t* zero_points;  // INT4 [tiles, groups, 16] or null
+  const float* x;
+  const float* bias;  // [n] or null
+  float* y;
+  void* scratch;
+};
+
+QG_EXPORT int32_t qg_matmul(const struct QgMatMul* problem);
+// -1 where the sizes are not valid.
+QG_EXPORT int64_t qg_matmul_scratch(const struct QgMatMul* problem);
+
+// Probes for benchmarks: read `nbytes` in one stream; `rounds` rounds of int8 dot products as fast
+// as the instruction set can. Both return the number of operations (bytes read, multiply-adds).
+QG_EXPORT int64_t qg_probe_read(const uint8_t* data, int64_t nbytes, int32_t* sink);
+QG_EXPORT int64_t qg_probe_dot(int32_t isa, int64_t rounds, int32_t* sink);

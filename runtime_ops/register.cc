@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "ort_abi.h"
+#include "ort_op.h"
 #include "qgraph_ops.h"
 
 namespace qgraph {
@@ -13,20 +14,12 @@ namespace {
 
 constexpr const char* kDomain = "ai.qgraph";
 
-// One line per operator.
-std::vector<const ort::OrtCustomOp*> all_ops() { return {}; }
-
-void check(const ort::OrtApi& api, ort::OrtStatus* status) {
-  if (status == nullptr) return;
-  const std::string text = api.GetErrorMessage()(status);
-  api.ReleaseStatus()(status);
-  throw std::runtime_error(text);
-}
-
 ort::OrtCustomOpDomain* create_domain(const ort::OrtApi& api) {
   ort::OrtCustomOpDomain* domain = nullptr;
   check(api, api.CreateCustomOpDomain()(kDomain, &domain));
-  for (const ort::OrtCustomOp* op : all_ops()) check(api, api.CustomOpDomain_Add()(domain, op));
+  std::vector<const ort::OrtCustomOp*> ops = matmul_ops(&api);
+  for (const ort::OrtCustomOp* op : hadamard_ops(&api)) ops.push_back(op);
+  for (const ort::OrtCustomOp* op : ops) check(api, api.CustomOpDomain_Add()(domain, op));
   return domain;
 }
 

@@ -1,0 +1,244 @@
+"""What our operators compute, in plain ONNX.
+
+A model carries the body of every ai.qgraph operator that it uses, as a function of the same name. With the native
+library the kernel runs; without it, ONNX Runtime and onnx.reference run the body, which unpacks the same bytes. The
+bodies are the specification: kernels are tested against them.
+
+Activations are rounded in blocks of `activation_block` along K (0 is the whole row), with one scale each:
+
+    s = max|x| / L,  x ≈ s * round(x * (L / max|x|))      L = 127 for 8 bits, 7 for 4 bits; 0 bits keeps x
+
+No input is optional: runtimes up to 1.23 crash on absent inputs, and a body cannot ask for them. A bias of [1] with 0
+and zero points of [1, 1, 1] with 8 stand for none.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+DOMAIN = "ai.qgraph"
+VERSION = 1
+MIN_OPSET = 18
+
+# x → its dynamically rounded value. Blocks below 2^-100 count as zero, so that 1 / max stays finite.
+_ROUNDED = """
+    k = Constant <value_int: int = @K> ()
+    bits = Constant <value_int: int = @activation_bits> ()
+    asked = Constant <value_int: int = @activation_block> ()
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    four = Constant <value_int: int = 4> ()
+    at_0 = Constant <value_ints: ints = [0]> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    is_blocked = Greater (asked, zero)
+    block = Where (is_blocked, asked, k)
+    k_up = Add (k, block)
+    k_last = Sub (k_up, one)
+    blocks = Div (k_last, block)
+    padded = Mul (blocks, block)
+    missing = Sub (padded, k)
+    missing_1d = Unsqueeze (missing, at_0)
+    pads = Concat <axis: int = 0> (at_0, missing_1d)
+    float_zero = Constant <value_float: float = 0.0> ()
+    rank = Size (x_shape)
+    last_axis = Sub (rank, one)
+    last_axis_1d = Unsqueeze (last_axis, at_0)
+    x_padded = Pad (X, pads, float_zero, last_axis_1d)
+    lead = Shape <end: int = -1> (X)
+    k_1d = Unsqueeze (k, at_0)
+    blocks_1d = Unsqueeze (blocks, at_0)
+    block_1d = Unsqueeze (block, at_0)
+    padded_1d = Unsqueeze (padded, at_0)
+    blocked_shape = Concat <axis: int = 0> (lead, blocks_1d, block_1d)
+    x_blocks = Reshape <allowzero: int = 1> (x_padded, blocked_shape)
+    sizes = Abs (x_blocks)
+    peak = ReduceMax <keepdims: int = 1> (sizes, last)
+    tiny = Constant <value_float: float = 7.888609052210118e-31> ()
+    is_zero = Less (peak, tiny)
+    is_4_bits = Equal (bits, four)
+    levels_4 = Constant <value_float: float = 7.0> ()
+    levels_8 = Constant <value_float: float = 127.0> ()
+    levels = Where (is_4_bits, levels_4, levels_8)
+    float_one = Constant <value_float: float = 1.0> ()
+    divisor = Where (is_zero, float_one, peak)
+    inverse = Div (levels, divisor)
+    plain_scale = Div (peak, levels)
+    x_scale = Where (is_zero, float_zero, plain_scale)
+    scaled = Mul (x_blocks, inverse)
+    x_codes = Round (scaled)
+    x_values = Mul (x_codes, x_scale)
+    joined_shape = Concat <axis: int = 0> (lead, padded_1d)
+    x_joined = Reshape <allowzero: int = 1> (x_values, joined_shape)
+    x_rounded = Slice (x_joined, at_0, k_1d, last)
+    is_rounded = Greater (bits, zero)
+    x = Where (is_rounded, x_rounded, X)
+"""
+
+# [tiles * 16, columns] → W [N, K].
+_CUT = """
+    n_given = Constant <value_int: int = @N> ()
+    k_given = Constant <value_int: int = @K> ()
+    start = Constant <value_ints: ints = [0, 0]> ()
+    first_axis = Constant <value_ints: ints = [0]> ()
+    n_end = Unsqueeze (n_given, first_axis)
+    k_end = Unsqueeze (k_given, first_axis)
+    end = Concat <axis: int = 0> (n_end, k_end)
+    axes = Constant <value_ints: ints = [0, 1]> ()
+    W = Slice (w_all, start, end, axes)
+"""
+
+_INT4_WEIGHTS = """
+    nibble = Constant <value: tensor = uint8 {15}> ()
+    shift = Constant <value: tensor = uint8 {4}> ()
+    low = BitwiseAnd (codes, nibble)
+    high = BitShift <direction: string = "RIGHT"> (codes, shift)
+    tiled_shape = Constant <value_ints: ints = [0, 0, 1, 16, 4]> ()
+    low_tiled = Reshape (low, tiled_shape)
+    high_tiled = Reshape (high, tiled_shape)
+    halves = Concat <axis: int = 2> (low_tiled, high_tiled)
+    rows = Transpose <perm: ints = [0, 3, 1, 2, 4]> (halves)
+    groups = Shape <start: int = 1, end: int = 2> (scales)
+    tile_rows = Constant <value_ints: ints = [0, 16]> ()
+    rest = Constant <value_ints: ints = [-1]> ()
+    grouped_shape = Concat <axis: int = 0> (tile_rows, groups, rest)
+    grouped = Reshape (rows, grouped_shape)
+    q = Cast <to: int = 1> (grouped)
+    scales_by_row = Transpose <perm: ints = [0, 2, 1]> (scales)
+    scales_float = Cast <to: int = 1> (scales_by_row)
+    s = Unsqueeze (scales_float, rest)
+    points_by_row = Transpose <perm: ints = [0, 2, 1]> (zero_points)
+    points_float = Cast <to: int = 1> (points_by_row)
+    z = Unsqueeze (points_float, rest)
+    centred = Sub (q, z)
+    dequantized = Mul (centred, s)
+    w_all = Flatten <axis: int = 2> (dequantized)
+"""
+
+_TERNARY_WEIGHTS = """
+    three = Constant <value: tensor = uint8 {3}> ()
+    shifts = Constant <value: tensor = uint8[4, 1] {0, 2, 4, 6}> ()
+    by_field_shape = Constant <value_ints: ints = [0, 0, 1, 64]> ()
+    by_field = Reshape (codes, by_field_shape)
+    shifted = BitShift <direction: string = "RIGHT"> (by_field, shifts)
+    fields = BitwiseAnd (shifted, three)
+    tiled_shape = Constant <value_ints: ints = [0, 0, 4, 16, 4]> ()
+    tiled = Reshape (fields, tiled_shape)
+    rows = Transpose <perm: ints = [0, 3, 1, 2, 4]> (tiled)
+    flat = Flatten <axis: int = 2> (rows)
+    q = Cast <to: int = 1> (flat)
+    middle = Constant <value_float: float = 1.0> ()
+    w_all = Sub (q, middle)
+"""
+
+_PRODUCT = """
+    w_turned = Transpose <perm: ints = [1, 0]> (W)
+    product = MatMul (x, w_turned)
+"""
+
+# H = factor (x) Sylvester; entry (i, j) of Sylvester's matrix is -1 to the number of bits in i & j.
+_HADAMARD = """
+    block_scalar = Constant <value_int: int = @block_size> ()
+    block_axis = Constant <value_ints: ints = [0]> ()
+    block = Unsqueeze (block_scalar, block_axis)
+    given_shape = Shape (X)
+    lead = Shape <end: int = -1> (X)
+    size = Shape <end: int = 1> (factor)
+    order = Div (block, size)
+    rest = Constant <value_ints: ints = [-1]> ()
+    width = Shape <start: int = -1> (X)
+    blocks = Div (width, block)
+    split_shape = Concat <axis: int = 0> (lead, blocks, size, order)
+    x = Reshape <allowzero: int = 1> (X, split_shape)
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    order_scalar = Squeeze (order)
+    index = Range (zero, order_scalar, one)
+    bits = Cast <to: int = 12> (index)
+    at_0 = Constant <value_ints: ints = [0]> ()
+    rows = Unsqueeze (bits, rest)
+    columns = Unsqueeze (bits, at_0)
+    b32 = BitwiseAnd (rows, columns)
+    n16 = Constant <value: tensor = uint32 {16}> ()
+    n8 = Constant <value: tensor = uint32 {8}> ()
+    n4 = Constant <value: tensor = uint32 {4}> ()
+    n2 = Constant <value: tensor = uint32 {2}> ()
+    n1 = Constant <value: tensor = uint32 {1}> ()
+    s16 = BitShift <direction: string = "RIGHT"> (b32, n16)
+    b16 = BitwiseXor (b32, s16)
+    s8 = BitShift <direction: string = "RIGHT"> (b16, n8)
+    b8 = BitwiseXor (b16, s8)
+    s4 = BitShift <direction: string = "RIGHT"> (b8, n4)
+    b4 = BitwiseXor (b8, s4)
+    s2 = BitShift <direction: string = "RIGHT"> (b4, n2)
+    b2 = BitwiseXor (b4, s2)
+    s1 = BitShift <direction: string = "RIGHT"> (b2, n1)
+    b1 = BitwiseXor (b2, s1)
+    parity_bits = BitwiseAnd (b1, n1)
+    parity = Cast <to: int = 1> (parity_bits)
+    two = Constant <value_float: float = 2.0> ()
+    float_one = Constant <value_float: float = 1.0> ()
+    doubled = Mul (two, parity)
+    sylvester = Sub (float_one, doubled)
+    turned = MatMul (x, sylvester)
+    mixed = MatMul (factor, turned)
+    block_float = Cast <to: int = 1> (block)
+    norm = Sqrt (block_float)
+    scaled = Div (mixed, norm)
+    Y = Reshape <allowzero: int = 1> (scaled, given_shape)
+"""
+
+_BODIES = {
+    "MatMulInt4": (
+        "<K, N, block_size, activation_bits, activation_block> (X, codes, scales, zero_points, bias) => (Y)",
+        "x_shape = Shape (X)\n"
+        + _ROUNDED
+        + _INT4_WEIGHTS
+        + _CUT
+        + _PRODUCT
+        + "Y = Add (product, bias)",
+    ),
+    "MatMulTernary": (
+        "<K, N, activation_bits, activation_block> (X, codes, scale, bias) => (Y)",
+        "x_shape = Shape (X)\n"
+        + _ROUNDED
+        + _TERNARY_WEIGHTS
+        + _CUT
+        + _PRODUCT
+        + "scaled_product = Mul (product, scale)\nY = Add (scaled_product, bias)",
+    ),
+    "Hadamard": ("<block_size> (X, factor) => (Y)", _HADAMARD),
+}
+
+NAMES = tuple(_BODIES)
+
+
+@functools.cache
+def proto(name: str, opset: int) -> onnx.FunctionProto:
+    """The body of an operator as a FunctionProto, for models of that opset.
+
+    Raises:
+        ValueError: the opset is below 18.
+    """
+    if opset < MIN_OPSET:
+        raise ValueError(f"the body of {name} needs opset {MIN_OPSET}, the model has {opset}")
+    signature, body = _BODIES[name]
+    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{name} {signature}'
+    return onnx.parser.parse_function(f"{head} {{\n{body}\n}}")
+
+
+def function(name: str, opset: int) -> ir.Function:
+    """The body of an operator as a new onnx_ir function."""
+    return ir.serde.deserialize_function(proto(name, opset))
+
+
+def require(model: ir.Model, name: str) -> None:
+    """Let a model carry the body of an operator; once, however often it is asked."""
+    opset = model.graph.opset_imports.get("", MIN_OPSET)
+    model.graph.opset_imports.setdefault("", opset)
+    model.graph.opset_imports.setdefault(DOMAIN, VERSION)
+    made = function(name, opset)
+    model.functions.setdefault(made.identifier(), made)

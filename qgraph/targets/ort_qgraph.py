@@ -1,0 +1,35 @@
+"""Target `ort-qgraph`: ONNX Runtime 1.23 or newer on CPU with qgraph's native operators.
+
+4-bit and ternary products become ai.qgraph operators; everything else is written as for target `ort`. A file for this
+target also runs without the native library, through the function bodies that it carries: slower, and with float weights
+in memory.
+"""
+
+from __future__ import annotations
+
+from qgraph.forms.matmul_int4 import MatMulInt4
+from qgraph.forms.matmul_ternary import MatMulTernary
+from qgraph.registry import register
+from qgraph.target import Target
+from qgraph.targets.ort import ORT, inspect
+
+_NATIVE = (MatMulTernary(), MatMulInt4())
+
+ORT_QGRAPH = register(
+    Target(
+        name="ort-qgraph",
+        summary="ONNX Runtime >= 1.23 on CPU with qgraph's native operators",
+        forms={
+            **ORT.forms,
+            "matmul": (*_NATIVE, *ORT.forms["matmul"]),
+            "gemm": (*_NATIVE, *ORT.forms["gemm"]),
+        },
+        max_opset=ORT.max_opset,
+        auto=ORT.auto,
+        inspect=inspect,
+        notes=(
+            "ai.qgraph operators round activations to int8: MatMulInt4 group by group, MatMulTernary row by row.",
+            *ORT.notes,
+        ),
+    )
+)

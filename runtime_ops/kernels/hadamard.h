@@ -1,0 +1,105 @@
+// y = x H / sqrt(block) for blocks along a row, H = factor (x) Sylvester: log2 passes of
+// butterflies.
+//
+// Vectors are the compiler's own, so that one text serves every instruction set with the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/kernel.h"
+
+namespace qgraph {
+namespace {
+
+constexpr int64_t kPanel = 64;  // columns of the factor's product that lie on the stack
+
+typedef float Vector16 __attribute__((vector_size(64)));
+
+// Scaling and the passes over distances 1, 2, 4, 8, within 16 floats.
+inline void butterflies_of_16(const float* x, float scale, float* y) {
+  Vector16 v;
+  std::memcpy(&v, x, sizeof v);
+  v *= scale;
+  v = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) +
+      v * Vector16{1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+  v = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) +
+      v * Vector16{1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+  v = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) +
+      v * Vector16{1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+  v = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) +
+      v * Vector16{1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+  std::memcpy(y, &v, sizeof v);
+}
+
+// Two passes at once: distances h and 2h.
+inline void two_passes(float* y, int64_t n, int64_t h) {
+  for (int64_t i = 0; i < n; i += 4 * h) {
+    float* a = y + i;
+    for (int64_t j = 0; j < h; ++j) {
+      const float p = a[j] + a[j + h], q = a[j] - a[j + h];
+      const float r = a[j + 2 * h] + a[j + 3 * h], s = a[j + 2 * h] - a[j + 3 * h];
+      a[j] = p + r;
+      a[j + h] = q + s;
+      a[j + 2 * h] = p - r;
+      a[j + 3 * h] = q - s;
+    }
+  }
+}
+
+inline void one_pass(float* y, int64_t n, int64_t h) {
+  for (int64_t i = 0; i < n; i += 2 * h) {
+    for (int64_t j = i; j < i + h; ++j) {
+      const float p = y[j], q = y[j + h];
+      y[j] = p + q;
+      y[j + h] = p - q;
+    }
+  }
+}
+
+inline void sylvester(const float* x, float scale, float* y, int64_t n) {
+  int64_t h = 1;
+  if (n >= 16) {
+    for (int64_t i = 0; i < n; i += 16) butterflies_of_16(x + i, scale, y + i);
+    h = 16;
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] * scale;
+  }
+  for (; 4 * h <= n; h *= 4) two_passes(y, n, h);
+  if (h < n) one_pass(y, n, h);
+}
+
+// The dense factor acts across the f runs of n floats.
+inline void apply_factor(const HadamardTask& t, float* y, int64_t n) {
+  float panel[kMaxHadamardFactor * kPanel];
+  for (int64_t start = 0; start < n; start += kPanel) {
+    const int64_t width = std::min(kPanel, n - start);
+    for (int64_t i = 0; i < t.factor_size; ++i) {
+      for (int64_t j = 0; j < width; ++j) panel[i * kPanel + j] = y[i * n + start + j];
+    }
+    for (int64_t i = 0; i < t.factor_size; ++i) {
+      float* out = y + i * n + start;
+      for (int64_t j = 0; j < width; ++j) out[j] = 0.0f;
+      for (int64_t k = 0; k < t.factor_size; ++k) {
+        const float c = t.factor[i * t.factor_size + k];
+        for (int64_t j = 0; j < width; ++j) out[j] += c * panel[k * kPanel + j];
+      }
+    }
+  }
+}
+
+void hadamard(const HadamardTask& t) {
+  const int64_t n = t.block / t.factor_size;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(t.block));
+  for (int64_t b = t.first; b < t.last; ++b) {
+    const float* x = t.x + b * t.block;
+    float* y = t.y + b * t.block;
+    for (int64_t f = 0; f < t.factor_size; ++f) sylvester(x + f * n, scale, y + f * n, n);
+    if (t.factor_size > 1 || t.factor[0] != 1.0f) apply_factor(t, y, n);
+  }
+}
+
+}  // namespace
+}  // namespace qgraph

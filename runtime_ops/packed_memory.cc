@@ -1,0 +1,115 @@
+#include "packed_memory.h"
+
+#if defined(__linux__)
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cinttypes>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace qgraph {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+// Below this, a weight stays in the caches of the CPU, and pages do not matter.
+constexpr size_t kSmall = size_t{1} << 20;
+constexpr size_t kPiece = size_t{8} << 20;  // copied and given back at a time: memory never doubles
+
+bool wants_mapping() {
+  const char* text = std::getenv("QGRAPH_WEIGHTS");
+  if (text == nullptr || *text == '\0' || std::strcmp(text, "huge") == 0) return false;
+  if (std::strcmp(text, "mapped") == 0) return true;
+  throw std::invalid_argument(std::string("the environment variable QGRAPH_WEIGHTS is ") + text +
+                              "; it must be huge or mapped");
+}
+
+// Whether all of [start, end) is a private mapping of a file. Pages of the heap must not be
+// dropped: nothing could bring them back.
+bool is_file_backed(uintptr_t start, uintptr_t end) {
+  std::FILE* maps = std::fopen("/proc/self/maps", "r");
+  if (maps == nullptr) return false;
+  char line[512];
+  bool is_backed = false;
+  while (std::fgets(line, sizeof line, maps) != nullptr) {
+    uintptr_t low = 0, high = 0;
+    unsigned long long inode = 0;
+    if (std::sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %llu", &low, &high, &inode) != 3) {
+      continue;
+    }
+    if (low <= start && start < high) {
+      is_backed = inode != 0 && end <= high;
+      break;
+    }
+  }
+  std::fclose(maps);
+  return is_backed;
+}
+
+void copy(const uint8_t* from, uint8_t* to, size_t nbytes) {
+  const auto start = reinterpret_cast<uintptr_t>(from);
+  const bool drops = is_file_backed(start, start + nbytes);
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  for (size_t at = 0; at < nbytes; at += kPiece) {
+    const size_t count = nbytes - at < kPiece ? nbytes - at : kPiece;
+    std::memcpy(to + at, from + at, count);
+    if (!drops) continue;
+    // Whole pages inside the weight only; the others belong to its neighbours too.
+    const uintptr_t low = (start + page - 1) / page * page;
+    const uintptr_t high = (start + at + count) / page * page;
+    if (high > low) madvise(reinterpret_cast<void*>(low), high - low, MADV_DONTNEED);
+  }
+}
+
+struct Region {
+  void* base;
+  size_t nbytes;
+};
+
+std::shared_ptr<const void> make_copy(const void* data, size_t nbytes) {
+  const size_t reserved = nbytes + kHugePage;
+  void* base = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) return nullptr;
+  const auto address = reinterpret_cast<uintptr_t>(base);
+  auto* aligned = reinterpret_cast<uint8_t*>((address + kHugePage - 1) / kHugePage * kHugePage);
+  // The last pages stay small, so that rounding up wastes nothing.
+  madvise(aligned, nbytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+  copy(static_cast<const uint8_t*>(data), aligned, nbytes);
+  mprotect(base, reserved, PROT_READ);
+  const Region region{base, reserved};
+  return std::shared_ptr<const void>(aligned,
+                                     [region](const void*) { munmap(region.base, region.nbytes); });
+}
+
+}  // namespace
+
+std::shared_ptr<const void> huge_copy(const void* data, size_t nbytes) {
+  if (nbytes < kSmall || wants_mapping()) return nullptr;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, size_t>, std::weak_ptr<const void>> copies;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::weak_ptr<const void>& known = copies[{data, nbytes}];
+  std::shared_ptr<const void> found = known.lock();
+  if (found == nullptr) known = found = make_copy(data, nbytes);
+  return found;
+}
+
+}  // namespace qgraph
+
+#else
+
+namespace qgraph {
+
+std::shared_ptr<const void> huge_copy(const void*, size_t) { return nullptr; }
+
+}  // namespace qgraph
+
+#endif
