@@ -24,7 +24,6 @@ from qgraph.report import Entry, Report
 from qgraph.spool import Spool
 from qgraph.target import Target
 
-
 VERIFY = ("each", "ends", "off")
 
 
