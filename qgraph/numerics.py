@@ -128,12 +128,15 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int, *, signed: bool
     if bits == 8:
         flat = packed.reshape(-1)[:count]
         return flat.view(np.int8) if signed else flat
-    per_byte = 8 // bits
-    mask = np.uint8(2**bits - 1)
-    parts = [(packed.reshape(-1) >> np.uint8(bits * i)) & mask for i in range(per_byte)]
-    codes = np.stack(parts, axis=1).reshape(-1)[:count].astype(np.uint8)
+    # The steps of `pack`, backwards.
+    words = packed.reshape(-1).astype("<u2" if bits == 4 else "<u4")
+    for shift, mask in ((4, 0x0F0F),) if bits == 4 else ((12, 0x000F000F), (6, 0x03030303)):
+        words |= words << shift
+        words &= mask
+    codes = words.view(np.uint8)[:count]
     if not signed:
         return codes
-    half = 2 ** (bits - 1)
-    wrapped: Codes = ((codes.astype(np.int16) + half) % (2 * half) - half).astype(np.int8)
-    return wrapped
+    half = np.uint8(2 ** (bits - 1))
+    codes ^= half  # in two's complement: flip the sign bit, then take its weight away
+    codes -= half
+    return codes.view(np.int8)
