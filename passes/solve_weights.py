@@ -1,11 +1,13 @@
 """solve-weights: float weights of the plan → codes and scales, one weight at a time.
 
-Only one weight is in memory; what is solved goes to the spool. A weight with NaN or Inf is an error, not a guess.
+At most two weights are in memory: what is solved goes to the spool. A weight with NaN or Inf is an error, not a guess.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +19,10 @@ from qgraph.plan import Decision
 from qgraph.registry import register
 from qgraph.solver import Solver
 from qgraph.spec import QTensor
+from qgraph.spool import Packed
 from qgraph.weights import Weight
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 @register
@@ -37,34 +40,42 @@ class SolveWeights(Pass):
         planned = ctx.plan.quantized()
         total = sum(found[d.value].nbytes for d in planned) or 1
         solvers: dict[str, Solver] = {}
+        kept: dict[str, Future[Packed]] = {}
         done = 0
-        for decision in planned:
-            weight = found[decision.value]
-            ctx.progress(f"solving {weight.label}", done / total)
-            if decision.solver not in solvers:
-                solvers[decision.solver] = make_solver(decision.solver, ctx)
-            self._solve(weight, decision, solvers[decision.solver], ctx)
-            done += weight.nbytes
+        with ThreadPoolExecutor(1) as keeper:  # writes one weight while the next is solved
+            for decision in planned:
+                weight = found[decision.value]
+                ctx.progress(f"solving {weight.label}", done / total)
+                if decision.solver not in solvers:
+                    solvers[decision.solver] = make_solver(decision.solver, ctx)
+                rng = np.random.default_rng([ctx.recipe.seed, len(kept)])
+                q = self._solve(weight, decision, solvers[decision.solver], rng, ctx)
+                wait(kept.values())
+                kept[weight.name] = keeper.submit(Packed, q, ctx.spool)
+                done += weight.nbytes
+        ctx.plan.solved.update({name: future.result() for name, future in kept.items()})
         ctx.progress("solved", 1.0)
         return False
 
-    def _solve(self, weight: Weight, decision: Decision, solver: Solver, ctx: Context) -> None:
+    def _solve(
+        self,
+        weight: Weight,
+        decision: Decision,
+        solver: Solver,
+        rng: np.random.Generator,
+        ctx: Context,
+    ) -> QTensor:
         w = weight.read()
-        power = _power(w, weight)
+        power = _power(w, weight, ctx.threads)
         assert decision.spec is not None
-        q = solver.solve(
-            w, decision.spec, None, np.random.default_rng([ctx.recipe.seed, len(ctx.plan.solved)])
-        )
-        zero_point = None if q.zero_point is None else ctx.spool.keep(q.zero_point)
-        ctx.plan.solved[weight.name] = QTensor(
-            q.spec, ctx.spool.keep(q.codes), ctx.spool.keep(q.scale), zero_point, q.error
-        )
+        q = solver.solve(w, decision.spec, None, rng)
         sqnr = (
             math.inf if q.error == 0 else 10 * math.log10(power / q.error) if power else -math.inf
         )
         ctx.records.setdefault(weight.name, {}).update(
             squared_error=q.error, sqnr_db=sqnr, elements=w.size
         )
+        return q
 
 
 def make_solver(name: str, ctx: Context) -> Solver:
@@ -92,13 +103,17 @@ def make_solver(name: str, ctx: Context) -> Solver:
     return made
 
 
-def _power(w: np.ndarray, weight: Weight) -> float:
-    """Σ w² in float64, read in pieces; refuses NaN and Inf."""
-    rows = max(1, _CHUNK // max(w.shape[1], 1))
-    power = 0.0
-    for start in range(0, w.shape[0], rows):
-        part = np.asarray(w[start : start + rows], np.float32)
-        power += float(np.einsum("nk,nk->", part, part, dtype=np.float64))
+def _power(w: np.ndarray, weight: Weight, threads: int) -> float:
+    """Σ w², each row in float32 and over the rows in float64; refuses NaN and Inf."""
+    stored = w if w.strides[0] >= w.strides[1] else w.T  # the rows of the file
+    rows = max(1, _CHUNK // max(stored.shape[1], 1))
+
+    def of(start: int) -> float:
+        part = np.asarray(stored[start : start + rows], np.float32)
+        return float(np.einsum("nk,nk->n", part, part).sum(dtype=np.float64))
+
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        power = math.fsum(pool.map(of, range(0, stored.shape[0], rows)))
     if not math.isfinite(power):
         bad = [i for i in range(w.shape[0]) if not np.isfinite(np.asarray(w[i], np.float32)).all()]
         if not bad:

@@ -9,7 +9,56 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from qgraph import numerics
+from qgraph.spec import Codes, QTensor
+
 ALIGNMENT = 4096
+
+_PART = 1 << 20  # codes packed at a time
+
+
+class Packed(QTensor):
+    """A solved weight on a spool, as many bits per code as its type has.
+
+    Attributes:
+        packed: the codes of all rows as `numerics.pack` writes them, uint8, read-only.
+    """
+
+    packed: npt.NDArray[np.uint8]
+
+    def __init__(self, q: QTensor, spool: Spool) -> None:
+        zero_point = None if q.zero_point is None else spool.keep(q.zero_point)
+        kept = {
+            "spec": q.spec,
+            "packed": spool.keep_codes(q.codes, q.spec.qtype.bits),
+            "scale": spool.keep(q.scale),
+            "zero_point": zero_point,
+            "error": q.error,
+            "_shape": q.shape,
+        }
+        for name, value in kept.items():  # frozen: nothing else may set them
+            object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        shape: tuple[int, int] = self.__dict__["_shape"]
+        return shape
+
+    @property
+    def codes(self) -> Codes:
+        """The codes [N, K], unpacked anew each time: hold them no longer than needed."""
+        n, k = self.shape
+        qtype = self.spec.qtype
+        flat = numerics.unpack(self.packed, qtype.bits, n * k, signed=qtype.is_signed)
+        return flat.reshape(n, k)
+
+    def stored_as(self, *, signed: bool) -> QTensor:
+        """The same numbers with codes shifted into the signed or unsigned type of the same width, in memory."""
+        if self.spec.qtype.is_signed == signed:
+            return self
+        plain = QTensor(self.spec, self.codes, self.scale, self.zero_point, self.error)
+        return plain.stored_as(signed=signed)
 
 
 class Spool:
@@ -28,18 +77,33 @@ class Spool:
         """The same data, read-only; from the file if it is large."""
         data = np.asarray(data, order="C")  # ascontiguousarray would make a scalar a vector
         if data.nbytes >= self.KEEP_UNDER:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(  # noqa: SIM115  it lives as long as what maps it
-                    dir=self._folder, prefix="qgraph-"
-                )
-            offset = self._file.seek(0, os.SEEK_END)
-            offset += -offset % ALIGNMENT
-            self._file.seek(offset)
+            offset = self._start()
             self._file.write(data)
-            self._file.flush()
-            return np.memmap(
-                self._file, dtype=data.dtype, mode="r", offset=offset, shape=data.shape
-            )
+            return self._mapped(offset, data.dtype, data.shape)
         data = data.copy() if data.base is not None else data
         data.flags.writeable = False
         return data
+
+    def keep_codes(self, codes: Codes, bits: int) -> npt.NDArray[np.uint8]:
+        """`numerics.pack` of codes [N, K], read-only; from the file if it is large, and packed part by part."""
+        flat: Any = np.ascontiguousarray(codes).reshape(-1)
+        nbytes = -(-flat.size * bits // 8)
+        if nbytes < self.KEEP_UNDER:
+            return self.keep(numerics.pack(flat, bits))
+        offset = self._start()
+        for start in range(0, flat.size, _PART):
+            self._file.write(numerics.pack(flat[start : start + _PART], bits))
+        return self._mapped(offset, np.uint8, (nbytes,))
+
+    def _start(self) -> int:
+        """The aligned end of the file."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115  it lives as long as what maps it
+                dir=self._folder, prefix="qgraph-"
+            )
+        offset = int(self._file.seek(0, os.SEEK_END))
+        return int(self._file.seek(offset + -offset % ALIGNMENT))
+
+    def _mapped(self, offset: int, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        self._file.flush()
+        return np.memmap(self._file, dtype=dtype, mode="r", offset=offset, shape=shape)

@@ -6,7 +6,7 @@ Emitting it directly saves memory at load over DequantizeLinear + MatMul, and ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qgraph import graph, numerics
 from qgraph.spec import Codes, QTensor, QuantSpec
+from qgraph.spool import Packed
 from qgraph.target import Form, Request, Writer
 from qgraph.weights import Use, Weight
 
@@ -57,6 +58,10 @@ class MatMulNBits(Form):
     def opset(self, request: Request) -> int:
         """A contrib operator: any opset will do."""
         return 7
+
+    def layout(self, request: Request) -> Hashable:
+        """Rows of whole blocks."""
+        return ("nbits", block_of(request.spec, request.use.matrix.shape(request.dims)[1]))
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
@@ -127,8 +132,15 @@ def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> 
     half = 2 ** (bits - 1) if q.spec.qtype.is_signed else 0
     flip = np.uint8(half * (255 // (2**bits - 1)))
 
-    def codes() -> np.ndarray[Any, Any]:
-        packed = np.empty((n, blocks, block * bits // 8), np.uint8)
+    def codes() -> np.ndarray[Any, Any] | ir.TensorProtocol:
+        shape = (n, blocks, block * bits // 8)
+        if isinstance(q, Packed) and blocks * block == k:
+            # Already in the operator's layout: nothing is written twice.
+            stored = q.packed.reshape(shape)
+            if not flip:
+                return ir.tensor(stored)
+            return graph.lazy(lambda: stored ^ flip, ir.DataType.UINT8, shape, "")
+        packed = np.empty(shape, np.uint8)
         rows = max(1, _PART // max(k, 1))
         for start in range(0, n, rows):
             part: Codes = q.codes[start : start + rows]
@@ -136,20 +148,21 @@ def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> 
                 padding = ((0, 0), (0, blocks * block - k))
                 part = np.pad(part, padding, constant_values=numerics.midpoint(q.spec))  # type: ignore[assignment]
             flat = numerics.pack(part, bits) ^ flip
-            packed[start : start + rows] = flat.reshape(-1, *packed.shape[1:])
+            packed[start : start + rows] = flat.reshape(-1, *shape[1:])
         return packed
 
     def per_block(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.ascontiguousarray(np.broadcast_to(values, (n, blocks)))
+        return np.broadcast_to(values, (n, blocks))
+
+    def scales() -> np.ndarray[Any, Any] | ir.TensorProtocol:
+        if q.scale.shape == (n, blocks) and q.spec.scale_dtype == q.scale.dtype:
+            return ir.tensor(q.scale)
+        return np.array(per_block(q.scale), q.spec.scale_dtype)
 
     key = (weight.name, "nbits", block)
     made = [
         writer.constant((*key, "B"), f"{weight.name}.codes", codes),
-        writer.constant(
-            (*key, "scales"),
-            f"{weight.name}.scale",
-            lambda: per_block(q.scale).astype(q.spec.scale_dtype),
-        ),
+        writer.constant((*key, "scales"), f"{weight.name}.scale", scales),
     ]
     if q.zero_point is not None:
         zero_point = q.zero_point
