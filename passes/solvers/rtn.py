@@ -11,6 +11,7 @@ Reference: the importance-weighted search of llama.cpp's quantize tool and of Au
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -23,8 +24,8 @@ from qgraph.registry import register
 from qgraph.solver import Solver, SolverOptions, WeightStats
 from qgraph.spec import Codes, QTensor, QuantSpec
 
-_CHUNK = 1 << 20  # elements per task: few megabytes per thread, whatever the size of the matrix
-_BAND = 64
+_CHUNK = 1 << 19  # elements per task: a few megabytes per thread, whatever the size of the matrix
+_BAND = 128
 _PADDING = 16
 
 
@@ -55,13 +56,14 @@ class Rtn(Solver):
             # One block: the whole matrix is a single row to the search.
             result = _Result(spec, 1, n * k)
             repeated = None if importance is None else np.tile(importance, n)
-            result.search(slice(0, 1), _rows(w, slice(0, n)).reshape(1, -1), repeated)
+            result.search(slice(0, 1), _Reader(w, n)(slice(0, n)).reshape(1, -1), repeated)
             return result.tensor((n, k))
         result = _Result(spec, n, k)
-        rows = max(1, _CHUNK // max(k, 1))
-        parts = [slice(start, start + rows) for start in range(0, n, rows)]
+        rows = min(n, max(1, _CHUNK // max(k, 1)))
+        read = _Reader(w, rows)
+        parts = [slice(start, start + rows) for start in range(0, n, max(rows, 1))]
         with ThreadPoolExecutor(self.options.threads or os.cpu_count() or 1) as pool:
-            for _ in pool.map(lambda part: result.search(part, _rows(w, part), importance), parts):
+            for _ in pool.map(lambda part: result.search(part, read(part), importance), parts):
                 pass
         return result.tensor((n, k))
 
@@ -110,21 +112,29 @@ class _Result:
         return found.stored_as(signed=self._asked.qtype.is_signed)
 
 
-def _rows(w: npt.NDArray[np.floating[Any]], part: slice) -> npt.NDArray[np.float32]:
-    """Rows of w as contiguous float32.
+class _Reader(threading.local):
+    """Reads rows of w as contiguous float32, each thread into memory of its own that it uses again and again.
 
     A MatMul's weight is stored [K, N], so these are columns of the file. They are read in bands of a few of its rows,
     through a buffer whose padded rows do not fight for one set of the cache: five times the speed of a plain copy.
     """
-    if w.strides[0] >= w.strides[1]:
-        return np.ascontiguousarray(w[part], np.float32)
-    stored = w[part].T
-    k, n = stored.shape
-    rows = np.empty((n, k), np.float32)
-    padded = np.empty((_BAND, n + _PADDING), np.float32)
-    for start in range(0, k, _BAND):
-        band = stored[start : start + _BAND]
-        held = padded[: len(band), :n]
-        held[:] = band
-        rows[:, start : start + _BAND] = held.T
-    return rows
+
+    def __init__(self, w: npt.NDArray[np.floating[Any]], most: int) -> None:
+        self._w = w
+        self._is_turned = w.strides[0] < w.strides[1]
+        self._rows = np.empty((most, w.shape[1]), np.float32)
+        self._band = np.empty((_BAND, most + _PADDING), np.float32)
+
+    def __call__(self, part: slice) -> npt.NDArray[np.float32]:
+        """Some rows, at most `most`; they hold until the next call."""
+        w = self._w[part]
+        rows = self._rows[: len(w)]
+        if not self._is_turned:
+            rows[:] = w
+            return rows
+        for start in range(0, w.shape[1], _BAND):
+            columns = slice(start, start + _BAND)
+            band = self._band[: w[:, columns].shape[1], : len(w)]
+            band[:] = w[:, columns].T
+            rows[:, columns] = band.T
+        return rows
