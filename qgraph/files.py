@@ -27,6 +27,7 @@ INLINE_UNDER = (
     1024  # shape and scale constants stay in the model: ORT's shape inference reads them there
 )
 ALIGNMENT = 4096
+IN_FLIGHT = 64 << 20  # bytes of lazy tensors that wait to be written
 MAX_IR_VERSION = 13
 
 Progress = Callable[[str, float], None]
@@ -265,7 +266,7 @@ def save(
     """Write a model, atomically: under a temporary name in the same folder, then renamed.
 
     Args:
-        model: left unchanged; lazy tensors are computed one at a time while writing.
+        model: left unchanged; lazy tensors are computed while writing, a few at a time.
         path: where to; weights go to PATH.data beside it if external.
         force: replace an existing file.
         external_data: put weights in PATH.data, 4096-byte aligned; default: only over 256 MB.
@@ -296,6 +297,8 @@ def save(
                 external_data=data_name,
                 size_threshold_bytes=INLINE_UNDER,
                 callback=report,
+                max_workers=os.cpu_count(),
+                max_in_flight_bytes=IN_FLIGHT,
                 alignment=ALIGNMENT,
                 align_threshold=0,
             )
