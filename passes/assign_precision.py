@@ -211,18 +211,22 @@ def _forms(
     target: Target,
     reach: _Reach,
 ) -> tuple[list[str], str]:
-    """A form for every use, or the reason of the first use that has none."""
-    chosen = []
-    for use in weight.uses:
-        wanted = activation if use.kind in ("matmul", "gemm") else None
-        request = Request(use, weight.dims, dtype, spec, wanted, weight.is_tied)
-        support = target.support(request, graph.opset(reach._model))
-        if support.form is None:
-            support = target.support(request, reach())
-        if support.form is None:
-            return [], support.reason
-        chosen.append(support.form.name)
-    return chosen, ""
+    """A form for every use, or why there is none."""
+    requests = [
+        Request(
+            use,
+            weight.dims,
+            dtype,
+            spec,
+            activation if use.kind in ("matmul", "gemm") else None,
+            weight.is_tied,
+        )
+        for use in weight.uses
+    ]
+    forms, refused = target.support_all(requests, graph.opset(reach._model))
+    if refused:
+        forms, refused = target.support_all(requests, reach())
+    return [f.name for f in forms], refused
 
 
 def fit_group(spec: QuantSpec, k: int) -> QuantSpec:

@@ -80,14 +80,10 @@ class FuseQdq(Pass):
         self, weight: Weight, q: QTensor, ctx: Context, writer: Writer
     ) -> tuple[list[Form], str]:
         dtype = ir.DataType["FLOAT16" if q.spec.scale_dtype == "float16" else "FLOAT"]
-        forms = []
-        for use in weight.uses:
-            request = Request(use, weight.dims, dtype, q.spec, None, weight.is_tied)
-            support = ctx.target.support(request, graph.opset(writer.model))
-            if support.form is None:
-                return [], support.reason
-            forms.append(support.form)
-        return forms, ""
+        requests = [
+            Request(use, weight.dims, dtype, q.spec, None, weight.is_tied) for use in weight.uses
+        ]
+        return ctx.target.support_all(requests, graph.opset(writer.model))
 
 
 def _arrived_quantized(model: ir.Model) -> list[tuple[Weight, ir.Node]]:

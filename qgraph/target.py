@@ -8,7 +8,7 @@ text is the line in the report.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -59,6 +59,10 @@ class Form(ABC):
     def opset(self, request: Request) -> int:
         """The lowest version of the default operator set that the form needs."""
 
+    def layout(self, request: Request) -> Hashable:
+        """How the codes lie in the file. Uses of one weight share one copy where their forms agree on it."""
+        return self.name
+
     @abstractmethod
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
@@ -101,7 +105,30 @@ class Target:
 
     def support(self, request: Request, reachable_opset: int) -> Support:
         """The best form for a request that needs no higher opset than `reachable_opset`, or why there is none."""
-        reasons = []
+        forms, reason = self._accepting(request, reachable_opset)
+        return Support(forms[0] if forms else None, reason)
+
+    def support_all(
+        self, requests: Sequence[Request], reachable_opset: int
+    ) -> tuple[list[Form], str]:
+        """A form for every use of one weight, such that its codes are stored once; or why there is none."""
+        accepted: list[dict[Hashable, Form]] = []
+        for request in requests:
+            forms, reason = self._accepting(request, reachable_opset)
+            if not forms:
+                return [], reason
+            accepted.append({f.layout(request): f for f in reversed(forms)})
+        common = [layout for layout in accepted[0] if all(layout in a for a in accepted)]
+        if not common:
+            names = ", ".join(sorted({f.name for a in accepted for f in a.values()}))
+            return [], f"its uses would store the codes in different layouts ({names})"
+        # The dictionaries are worst first: the best for all has the highest places.
+        best = max(common, key=lambda layout: sum(list(a).index(layout) - len(a) for a in accepted))
+        return [a[best] for a in accepted], ""
+
+    def _accepting(self, request: Request, reachable_opset: int) -> tuple[list[Form], str]:
+        """Every form that serves a request, best first, or why none does."""
+        accepting, reasons = [], []
         for form in self.forms.get(request.use.kind, ()):
             reason = form.refuses(request) or _mixed(form, request)
             needed = 0 if reason else form.opset(request)
@@ -112,14 +139,13 @@ class Target:
                     else f"this model can be raised to {reachable_opset} only"
                 )
                 reason = f"needs opset {needed}, {limit}"
-            if not reason:
-                return Support(form)
-            reasons.append(f"{form.name}: {reason}")
-        if not reasons:
-            return Support(
-                None, f"target {self.name} has no quantized form for {request.use.node.op_type}"
-            )
-        return Support(None, "; ".join(reasons))
+            if reason:
+                reasons.append(f"{form.name}: {reason}")
+            else:
+                accepting.append(form)
+        if not accepting and not reasons:
+            return [], f"target {self.name} has no quantized form for {request.use.node.op_type}"
+        return accepting, "" if accepting else "; ".join(reasons)
 
     def form(self, name: str) -> Form:
         """The form of that name."""

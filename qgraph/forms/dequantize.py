@@ -5,7 +5,7 @@ One DequantizeLinear per use, in the user's own body: runtimes fuse pairs, not f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,6 +47,10 @@ class Dequantize(Form):
         if request.dtype == ir.DataType.FLOAT16:
             needs.append(19)
         return max(needs)
+
+    def layout(self, request: Request) -> Hashable:
+        """As the operator reads them; a tied table as it lies."""
+        return ("qdq", *_stored(request.use, request.dims, request.tied))
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None

@@ -8,7 +8,7 @@ ONNX Runtime fuses the chain into DynamicQuantizeMatMul or MatMulIntegerToFloat;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -49,6 +49,11 @@ class DynamicInteger(Form):
     def opset(self, request: Request) -> int:
         """DynamicQuantizeLinear came with opset 11."""
         return 11
+
+    def layout(self, request: Request) -> Hashable:
+        """[K, N], as MatMul reads them."""
+        n, k = request.use.matrix.shape(request.dims)
+        return ("qdq", Matrix((1, 0)), (k, n))
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None

@@ -6,7 +6,7 @@ Codes are uint8 [V, D * bits / 8]. A table that is also the head (tied) reads th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,6 +55,10 @@ class GatherBlock(Form):
     def opset(self, request: Request) -> int:
         """A contrib operator: any opset will do."""
         return 7
+
+    def layout(self, request: Request) -> Hashable:
+        """Those of MatMulNBits."""
+        return ("nbits", request.spec.group)
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None

@@ -9,7 +9,7 @@ DequantizeLinear before Gather would dequantize the whole table at every run; no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,6 +52,10 @@ class GatherRows(Form):
     def opset(self, request: Request) -> int:
         """Gather of int8 and Cast are old."""
         return 7
+
+    def layout(self, request: Request) -> Hashable:
+        """As the table lies."""
+        return ("qdq", request.use.matrix, request.dims)
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None

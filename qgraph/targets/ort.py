@@ -16,7 +16,7 @@ from qgraph.forms.gather_block import GatherBlock
 from qgraph.forms.gather_rows import GatherRows
 from qgraph.forms.matmul_nbits import MatMulNBits
 from qgraph.registry import register
-from qgraph.target import Target
+from qgraph.target import Request, Target
 
 _INT8 = (
     "8-bit blocks in MatMulNBits: the fastest form without calibration that keeps its accuracy where "
@@ -25,6 +25,17 @@ _INT8 = (
 _PORTABLE = (
     "int8 weights; this layout has no fused kernel in ONNX Runtime, so it is smaller but not faster"
 )
+
+
+class Unfused(Dequantize):
+    """DequantizeLinear for what has no kernel: ONNX Runtime expands the weight at each run."""
+
+    def refuses(self, request: Request) -> str:
+        """As Dequantize, and no zero points in bodies: without them MatMulNBits has a kernel there."""
+        is_linear = request.use.kind in ("matmul", "gemm")
+        if is_linear and request.use.in_body and not request.spec.symmetric:
+            return "would be expanded at each run of the body; symmetric codes have a kernel"
+        return super().refuses(request)
 
 
 def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
@@ -39,8 +50,8 @@ ORT = register(
         name="ort",
         summary="stock ONNX Runtime >= 1.23 on CPU",
         forms={
-            "matmul": (DynamicInteger(), MatMulNBits(), Dequantize()),
-            "gemm": (DynamicInteger(), MatMulNBits(), Dequantize()),
+            "matmul": (DynamicInteger(), MatMulNBits(), Unfused()),
+            "gemm": (DynamicInteger(), MatMulNBits(), Unfused()),
             "conv": (Dequantize(),),
             "conv_transpose": (Dequantize(),),
             "gather": (GatherRows(tied=False), GatherBlock(), GatherRows()),

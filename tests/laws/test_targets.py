@@ -14,9 +14,11 @@ import qgraph
 from qgraph import graph, numerics, printer, registry, verify
 from qgraph.recipe import PRESETS
 
-# What the worst output may lose, in dB: 8-bit weights with 8-bit activations, and 4-bit weights, in up to three layers
-# of random numbers.
-EIGHT_BITS, FOUR_BITS = 28.0, 12.0
+# What the worst output may lose, in dB, by the fewest bits of a weight: up to three layers of random numbers, with
+# activations that the kernels round to 8 bits.
+FLOORS = {2: 3.0, 4: 12.0, 8: 28.0}
+FLOAT = 100.0
+RUNTIMES = [t for t in registry.names("target") if t != "openvino"]
 SUBNORMAL = "outputs below the smallest normal float32: kernels may flush them to zero"
 SILENT = 1e-3  # what a weight of zeros may add to an output that is zero
 OPENVINO = (
@@ -43,6 +45,12 @@ def sqnr(odd: Any, outputs: list[list[Any]]) -> float:
         else:
             found.append(numerics.sqnr_db(want, got))
     return min(found)
+
+
+def floor(result: qgraph.Result) -> float:
+    """What the result must reach."""
+    bits = [qgraph.QuantSpec.parse(e.spec).qtype.bits for e in result.report.quantized]
+    return min((FLOORS[b] for b in bits), default=FLOAT)
 
 
 def check_ledger(result: qgraph.Result, model: ir.Model) -> None:
@@ -77,7 +85,7 @@ def check_model(result: qgraph.Result, before: ir.Model) -> None:
         )
 
 
-@pytest.mark.parametrize("target", ["ort", "onnx"])
+@pytest.mark.parametrize("target", RUNTIMES)
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_runs_and_is_close(odd, eager, recipe, target):
     before = odd.build()
@@ -87,8 +95,7 @@ def test_runs_and_is_close(odd, eager, recipe, target):
     got = odd.run(result.to_proto())
     if odd.name == "subnormal_weight":
         pytest.skip(SUBNORMAL)
-    floor = FOUR_BITS if "int4" in recipe else EIGHT_BITS
-    assert sqnr(odd, got) >= (floor if result.report.quantized else 100.0)
+    assert sqnr(odd, got) >= floor(result)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="openvino is not installed")
@@ -101,7 +108,7 @@ def test_runs_in_openvino(name, recipe, eager, tmp_path):
 
     model = ODD[name]()
     path = tmp_path / "model.onnx"
-    qgraph.optimize(model, eager(recipe), target="openvino", output=path, inspect=False)
+    result = qgraph.optimize(model, eager(recipe), target="openvino", output=path, inspect=False)
     qgraph.save(model, tmp_path / "float.onnx")
     core = openvino.Core()
     sample = feeds(model)
@@ -110,7 +117,7 @@ def test_runs_in_openvino(name, recipe, eager, tmp_path):
         next(iter(core.compile_model(str(p), "CPU", exact)(sample).values()))
         for p in (path, tmp_path / "float.onnx")
     )
-    assert numerics.sqnr_db(want, got) >= (FOUR_BITS if recipe == "int4" else EIGHT_BITS)
+    assert numerics.sqnr_db(want, got) >= floor(result)
 
 
 @pytest.mark.parametrize("name", registry.names("target"))
