@@ -1,0 +1,186 @@
+"""Every registered solver on every kind of matrix: well formed, no worse than the textbook grid, the same each time."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qgraph import errors, numerics, registry
+from qgraph.solver import WeightStats
+from qgraph.spec import QTYPES, QTensor, QuantSpec
+
+SOLVERS = registry.names("solver")
+SHAPES = [(1, 1), (1, 64), (64, 1), (5, 37), (48, 64), (3, 129), (2, 300)]
+GRAINS = ["tensor", "ch", "g16", "g32"]
+SPECS = [f"{t}.{g}.{s}" for t, g, s in itertools.product(QTYPES, GRAINS, ("sym", "asym"))]
+HALF = ["int4.g32.f16", "uint4.g32.asym.f16", "int8.ch.f16", "uint2.g16.asym.f16"]
+
+
+def normal(n: int, k: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng([n, k]).standard_normal((n, k)).astype(np.float32)
+
+
+def zero_rows(n: int, k: int) -> np.ndarray[Any, Any]:
+    w = normal(n, k)
+    w[::2] = 0
+    return w
+
+
+def constant_rows(n: int, k: int) -> np.ndarray[Any, Any]:
+    return np.repeat(normal(n, 1), k, axis=1)
+
+
+def outlier(n: int, k: int) -> np.ndarray[Any, Any]:
+    w = normal(n, k)
+    w[n // 2, k // 2] = 1e4
+    return w
+
+
+def spread(n: int, k: int) -> np.ndarray[Any, Any]:
+    """Rows from 1e-30 to 1e30."""
+    return (normal(n, k) * np.logspace(-30, 30, n)[:, None]).astype(np.float32)
+
+
+def ternary(n: int, k: int) -> np.ndarray[Any, Any]:
+    codes = np.random.default_rng([n, k]).integers(-1, 2, (n, k))
+    return (codes * np.abs(normal(n, 1) + 0.1)).astype(np.float32)
+
+
+FILLS = {
+    "normal": normal,
+    "zeros": lambda n, k: np.zeros((n, k), np.float32),
+    "zero-rows": zero_rows,
+    "constant-rows": constant_rows,
+    "outlier": outlier,
+    "positive": lambda n, k: np.abs(normal(n, k)) + 1,
+    "negative": lambda n, k: -np.abs(normal(n, k)) - 1,
+    "tiny": lambda n, k: normal(n, k) * np.float32(1e-30),
+    "subnormal": lambda n, k: normal(n, k) * np.float32(1e-40),
+    "huge": lambda n, k: normal(n, k) * np.float32(1e30),
+    "spread": spread,
+    "ternary": ternary,
+    "transposed": lambda n, k: np.asfortranarray(normal(n, k)),
+    "half": lambda n, k: normal(n, k).astype(np.float16),
+    "double": lambda n, k: normal(n, k).astype(np.float64),
+}
+
+
+def solve(
+    name: str, w: Any, text: str, stats: WeightStats | None = None, **options: Any
+) -> QTensor | None:
+    """The solver's answer, or None where it refuses such a matrix with a reason."""
+    w = w.view()
+    w.flags.writeable = False
+    before = w.copy()
+    solver = registry.get("solver", name)(**options)
+    try:
+        q: QTensor = solver.solve(w, QuantSpec.parse(text), stats, np.random.default_rng(0))
+    except errors.RecipeError as e:
+        if not e.diagnostics[0].hint:
+            raise
+        return None
+    assert np.array_equal(w, before)
+    return q
+
+
+def same(a: QTensor, b: QTensor) -> bool:
+    points = (a.zero_point is None) == (b.zero_point is None) and (
+        a.zero_point is None or np.array_equal(a.zero_point, b.zero_point)
+    )
+    return points and np.array_equal(a.codes, b.codes) and np.array_equal(a.scale, b.scale)
+
+
+def test_at_least_round_to_nearest_is_there():
+    assert "rtn" in SOLVERS
+
+
+@pytest.mark.parametrize("text", SPECS + HALF)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_well_formed_and_no_worse_than_min_max(name, text):
+    spec = QuantSpec.parse(text)
+    for shape, (label, fill) in itertools.product(SHAPES, FILLS.items()):
+        w = fill(*shape)
+        q = solve(name, w, text)
+        if q is None:
+            assert name != "rtn"
+            continue
+        q.check()
+        assert (q.spec.qtype, q.spec.block, q.spec.symmetric) == (
+            spec.qtype,
+            spec.block,
+            spec.symmetric,
+        )
+        assert q.shape == shape
+        got = q.dequantize()
+        assert np.isfinite(got).all(), label
+        assert not got[~w.any(axis=1)].any(), f"{label}: rows of zeros stay zero"
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            scale, zero_point = numerics.min_max_grid(w.astype(np.float32), spec)
+            codes = numerics.quantize(w.astype(np.float32), scale, zero_point, spec)
+            plain = QTensor(spec, codes, scale, zero_point)
+            bound = numerics.squared_error(w, plain)
+        if np.isfinite(bound):
+            # What cannot be told from rounding is allowed: 1e-6 of the weights' own energy.
+            slack = 1e-6 * float(np.square(w, dtype=np.float64).sum()) + 1e-76
+            assert numerics.squared_error(w, q) <= bound * (1 + 1e-5) + slack, f"{label} {shape}"
+        if label not in (
+            "subnormal",
+            "tiny",
+            "huge",
+            "spread",
+        ):  # float32 cannot hold their squares
+            assert q.error == pytest.approx(numerics.squared_error(w, q), rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("text", ["int4.g32", "uint4.g32", "int8.ch", "uint8.tensor", "int2.ch"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_same_each_time_and_on_any_number_of_threads(name, text):
+    kind = registry.get("solver", name)
+    counts: list[dict[str, Any]] = [{}, {}]
+    if "threads" in kind.Options.model_fields:
+        counts += [{"threads": n} for n in (1, 2, 5)]
+    for w in (normal(700, 900), ternary(700, 900)):
+        first, *others = (solve(name, w, text, **options) for options in counts)
+        for other in others:
+            assert (first is None) == (other is None)
+            assert first is None or (same(first, other) and first.error == other.error)
+
+
+@pytest.mark.parametrize("text", ["int4.g32", "uint4.g32", "int8.ch"])
+def test_layout_and_type_of_the_matrix_do_not_matter(text):
+    half = normal(48, 64).astype(np.float16)
+    wanted = solve("rtn", half.astype(np.float32), text)
+    assert wanted is not None
+    big = np.zeros((96, 128), np.float16)
+    big[::2, ::2] = half
+    for w in (half, np.asfortranarray(half), half.astype(np.float64), big[::2, ::2]):
+        found = solve("rtn", w, text)
+        assert found is not None and same(found, wanted)
+
+
+def test_importance_decides_where_the_error_goes():
+    w = normal(48, 64)
+    importance = np.where(np.arange(64) < 32, 100.0, 0.01).astype(np.float32)
+    plain = solve("rtn", w, "int4.ch")
+    weighted = solve("rtn", w, "int4.ch", WeightStats(importance=importance))
+    assert plain is not None and weighted is not None
+    worse, better = (numerics.squared_error(w, q, importance) for q in (plain, weighted))
+    assert better < worse
+    assert weighted.error == pytest.approx(better, rel=1e-4)
+
+
+def test_half_scales_are_half_values():
+    q = solve("rtn", normal(48, 64), "int4.g32.f16")
+    assert q is not None
+    assert np.array_equal(q.scale, q.scale.astype(np.float16).astype(np.float32))
+
+
+def test_ternary_weights_are_exact():
+    w = ternary(48, 64)
+    q = solve("ternary", w, "int2.ch")
+    assert q is not None and q.error == 0
+    assert np.array_equal(q.dequantize(), w)
+    assert solve("ternary", normal(48, 64), "int2.ch") is None
