@@ -63,10 +63,6 @@ class MatMulNBits(Form):
         """Rows of whole blocks."""
         return ("nbits", block_of(request.spec, request.use.matrix.shape(request.dims)[1]))
 
-    def layout(self, request: Request) -> Hashable:
-        """Rows of whole blocks."""
-        return ("nbits", block_of(request.spec, request.use.matrix.shape(request.dims)[1]))
-
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
     ) -> ir.Node:
