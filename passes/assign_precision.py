@@ -134,14 +134,14 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
         return Decision(weight.name, "weight", None, reason=reason, by=by, code=code)
 
     blocked = next((u.reason for u in weight.uses if u.reason), "")
-    if n * k < ctx.recipe.min_elements:
+    if n * k < max(ctx.recipe.min_elements, 1):
         return stays(
-            "QG312", f"it has fewer elements than min_elements = {ctx.recipe.min_elements}"
+            "QG312", f"it has fewer elements than min_elements = {max(ctx.recipe.min_elements, 1)}"
         )
     if blocked:
         return stays("QG311", blocked)
     needed = sorted({n.op_type for n in weight.others})
-    if needed or weight.value.is_graph_output():
+    if needed or weight.is_output:
         by_whom = ", ".join(needed) or "the graph's outputs"
         return stays("QG316", f"its float values stay for {by_whom}, so codes would only be added")
     if rule is None:

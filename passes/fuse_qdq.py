@@ -50,11 +50,14 @@ class FuseQdq(Pass):
 
     def _lower(self, writer: Writer, weight: Weight, dequantize: ir.Node, ctx: Context) -> bool:
         q = _read(dequantize, weight)
-        forms, refused = (
-            ([], "its blocks are no blocks of rows")
-            if q is None
-            else self._forms(weight, q, ctx, writer)
-        )
+        forms: list[Form] = []
+        refused = ""
+        if q is None:
+            refused = "its blocks are no blocks of rows"
+        elif any(_has_quantized_input(u.node) for u in weight.uses):
+            refused = "its operator's input is quantized too, and runtimes fuse the three"
+        else:
+            forms, refused = self._forms(weight, q, ctx, writer)
         entry = _entry(weight, q)
         ctx.records[weight.name] = {"entry": entry}
         if q is None or refused or all(f.name == _PORTABLE for f in forms):
@@ -84,6 +87,11 @@ class FuseQdq(Pass):
             Request(use, weight.dims, dtype, q.spec, None, weight.is_tied) for use in weight.uses
         ]
         return ctx.target.support_all(requests, graph.opset(writer.model))
+
+
+def _has_quantized_input(node: ir.Node) -> bool:
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _arrived_quantized(model: ir.Model) -> list[tuple[Weight, ir.Node]]:

@@ -157,6 +157,12 @@ class Weight:
         """Used in more than one way: as a table and as a head, or both straight and transposed."""
         return len({(u.through is not None, u.kind) for u in self.uses}) > 1
 
+    @property
+    def is_output(self) -> bool:
+        """The graph gives the weight away as it is, or transposed."""
+        turned = [u.through.outputs[0] for u in self.uses if u.through is not None]
+        return any(v.is_graph_output() for v in [self.value, *turned])
+
     def read(self) -> npt.NDArray[Any]:
         """The weight as a matrix [N, K], read-only, in its stored float type; a view of the file where possible."""
         return self.matrix.of(graph.array(self.value))

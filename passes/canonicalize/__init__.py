@@ -4,6 +4,7 @@
 - float constants in nodes and bodies become initializers of the main graph;
 - arithmetic in front of weights is folded, equal constant expressions are merged;
 - Einsum with a constant matrix becomes MatMul;
+- QuantizeLinear of a constant becomes its codes;
 - BatchNormalization and Gemm's alpha/beta are folded into weights, in float64;
 - debug metadata of exporters is dropped, dead nodes and initializers go.
 
@@ -16,7 +17,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from qgraph import graph
-from qgraph.passes.canonicalize import affine, constants, einsum
+from qgraph.passes.canonicalize import affine, constants, einsum, quantized
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
 
@@ -52,6 +53,7 @@ class Canonicalize(Pass):
         if options.fold_batch_norm:
             changed |= affine.fold_batch_norm(model)
         changed |= affine.fold_gemm_factors(model)
+        changed |= quantized.fold_quantize(model)
         for node in graph.nodes(model):
             for key in _DEBUG_METADATA:
                 changed |= node.metadata_props.pop(key, None) is not None

@@ -90,6 +90,17 @@ FLOAT_REASONS = {
         (),
         "its float values stay for Abs",
     ),
+    "QG312-empty": (
+        "g (float[m, 48] x) => (float[m, 0] y) { y = MatMul(x, empty) }",
+        (),
+        "fewer elements than min_elements = 1",
+    ),
+    "QG316-transposed-output": (
+        """g (float[m, 48] x) => (float[m, 64] y, float[48, 64] t) {
+          t = Transpose<perm=[1, 0]>(w) y = MatMul(x, t) }""",
+        (),
+        "its float values stay for the graph's outputs",
+    ),
     "QG316-output": (
         "g (float[m, 64] x) => (float[m, 48] y, float[64, 48] w) { y = MatMul(x, w) }",
         (),
@@ -101,6 +112,7 @@ FLOAT_REASONS = {
 CONSTANTS = {
     "w": draw(64, 48),
     "square": draw(48, 48),
+    "empty": draw(48, 0),
     "mask": np.where(np.eye(64, 48), np.float32(-1e9), draw(64, 48)),
     "i": np.array([1, 3], np.int64),
     "z": np.array([0], np.int64),
@@ -113,7 +125,7 @@ def test_what_stays_float_says_why(parse, after, case):
     text, rules, reason = FLOAT_REASONS[case]
     used = {k: v for k, v in CONSTANTS.items() if re.search(rf"[(,] ?{k}[,)]", text)}
     used |= {"w": draw(48, 64)} if "MatMul(w" in text else {}
-    size = 4000 if case == "QG312" else 1024
+    size = {"QG312": 4000, "QG312-empty": 0}.get(case, 1024)
     decision = only(decide(after, parse(text, **used), *rules, min_elements=size))
     assert decision.spec is None
     assert decision.code == case[:5] and reason in decision.reason

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qgraph import graph, printer, weights
+from qgraph import graph, printer, runtime, weights
 
 RANDOM = np.random.default_rng(0)
 MATMUL = "g (float[m, 64] x) => (float[m, n] y) {{ {before} y = MatMul(x, w) }}"
@@ -307,6 +307,51 @@ def test_other_einsums_stay(parse, after, equation):
         text = text.replace("[p]", "[p, q]")
     done = after("canonicalize", parse(text, w=draw(*shapes.get(equation, (64, 48)))))
     assert done.ops() == ["Einsum"] and not done.changed
+
+
+GRIDS = {
+    "per-tensor": ("axis=1", (), "int8", 0),
+    "per-channel": ("axis=1", (48,), "int8", 0),
+    "first-axis": ("axis=0", (64,), "uint8", 120),
+    "from-the-back": ("axis=-1", (48,), "uint8", 128),
+    "blocks": ("axis=0, block_size=32", (2, 48), "int8", 3),
+    "blocks-of-columns": ("axis=1, block_size=16", (64, 3), "uint8", 7),
+    "int4": ("axis=0, block_size=32", (2, 48), "int4", 0),
+}
+
+
+@pytest.mark.parametrize(("attributes", "shape", "kind", "zero"), GRIDS.values(), ids=GRIDS)
+def test_a_quantized_constant_is_stored_as_codes(parse, after, attributes, shape, kind, zero):
+    text = f"""g (float[m, 64] x) => (float[m, 48] y) {{
+      q = QuantizeLinear<{attributes}>(w, s, z) d = DequantizeLinear<{attributes}>(q, s, z) y = MatMul(x, d) }}"""
+    dtype = ir.DataType[kind.upper()].numpy()
+    scale = np.abs(draw(*shape) * 0.01).astype(np.float32) + np.float32(0.005)
+    constants = {"w": draw(64, 48), "s": scale, "z": np.full(shape, zero, dtype)}
+    model = parse(text, opset=21, ir_version=10, **constants)
+    done = after("canonicalize", model)
+    assert done.ops() == ["DequantizeLinear", "MatMul"] and done.changed
+    assert done.constants()["w.codes"].dtype == dtype and "w" not in done.constants()
+    x = {"x": np.eye(64, dtype=np.float32)}  # y is the dequantized weight itself
+    want, got = (runtime.session(m, optimize="off").run(None, x)[0] for m in (model, done.model))
+    assert np.array_equal(want, got)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)",
+        "s2 = Abs(s) q = QuantizeLinear(w, s2, z) d = DequantizeLinear(q, s2, z) y = MatMul(x, d)",
+    ],
+    ids=["activation", "computed-scale"],
+)
+def test_other_quantize_linear_stays(parse, after, text):
+    model = parse(
+        f"g (float[m, 64] x) => (float[m, 64] y) {{ {text} }}",
+        **{k: v for k, v in {"w": draw(64, 64)}.items() if "(w" in text},
+        s=np.float32(0.02).reshape(()),
+        z=np.int8(0).reshape(()),
+    )
+    assert "QuantizeLinear" in after("canonicalize", model).ops()
 
 
 OVERRIDABLE = "g (float[m, 64] x, float[64, 48] w) => (float[m, 48] y) { y = MatMul(x, w) }"

@@ -214,6 +214,37 @@ def test_a_model_that_arrives_quantized_keeps_its_numbers(tmp_path, name):
     assert np.abs(want - got).max() <= 1e-5 * np.abs(want).max()
 
 
+STATIC = """xq = QuantizeLinear(x, a, b) xd = DequantizeLinear(xq, a, b)
+    w = DequantizeLinear(q, s) h = MatMul(xd, w) hq = QuantizeLinear(h, a, b)
+    y = DequantizeLinear(hq, a, b)"""
+
+
+def test_static_quantization_stays_for_the_runtime_to_fuse(tmp_path):
+    proto = onnx_text(STATIC, 21)
+    held = {"q": codes(64, 48), "s": scales(48), "a": np.float32(0.02), "b": np.int8(0)}
+    for k, v in held.items():
+        proto.graph.initializer.append(ir.to_proto(ir.tensor(np.asarray(v), name=k)))
+    result = qgraph.optimize(proto, "auto", target="ort", output=tmp_path / "q.onnx")
+    assert "MatMulNBits" not in {n.op_type for n in result.model.graph}
+    (entry,) = result.ledger
+    assert "its operator's input is quantized too" in entry.reason
+    from qgraph.executed import ort
+
+    ran = {n.op for n in ort.executed_graph(tmp_path / "q.onnx").nodes}
+    assert "QLinearMatMul" in ran
+
+
+def test_weights_of_quantization_aware_training_arrive_quantized():
+    text = "c = QuantizeLinear(f, s, z) w = DequantizeLinear(c, s, z) y = MatMul(x, w)"
+    proto = onnx_text(text, 17)
+    held = {"f": draw(64, 48), "s": scales(48), "z": np.zeros(48, np.int8)}
+    for k, v in held.items():
+        proto.graph.initializer.append(ir.to_proto(ir.tensor(v, name=k)))
+    result = qgraph.optimize(proto, "auto", target="ort")
+    assert [n.op_type for n in result.model.graph] == ["MatMulNBits"]
+    assert result.report.quantized[0].reason == "arrived quantized; its codes and scales are kept"
+
+
 def test_codes_that_are_shared_are_lowered_together(parse):
     text = """w = DequantizeLinear(q, s) v = DequantizeLinear(q, s)
         a = MatMul(x, w) b = Relu(a) y = MatMul(b, v)"""
