@@ -5,9 +5,10 @@
 Models and data lie in the folder that QGRAPH_TEST_DATA names; tiny-llama is qgraph's own. PYTHON is an interpreter that
 has the peers (onnxruntime, nncf and for HQQ torch); without it only ONNX Runtime's methods without torch run.
 
-Every tool gets the same float file: constants folded by ONNX Runtime's basic optimization, for the peers do not see
-through them, and raised to opset 21 for NNCF. Weight error is compared over the matrices that every tool holds in 4
-bits.
+All MatMulNBits are written with accuracy_level 4 (int8 activations inside the kernel) and measured a second time
+without. A peer that does not see through the constant arithmetic before a model's weights, or fails on it, gets the
+model folded by ONNX Runtime's basic optimization; NNCF gets opset 21. Weight error is compared over the matrices that
+every tool holds in 4 bits.
 """
 
 from __future__ import annotations
@@ -99,6 +100,24 @@ METHODS: dict[str, Method] = {
     "NNCF sym": _nncf("INT4_SYM"),
     "NNCF asym": _nncf("INT4_ASYM"),
 }
+HELD = "qgraph held "
+
+
+def _method(name: str) -> Method:
+    """A method by name; "qgraph held GLOB|GLOB" is pure 4 bits with those weights in 8."""
+    if not name.startswith(HELD):
+        return METHODS[name]
+    held = {"id": "held", "names": name[len(HELD) :].split("|"), "weights": ["int8.g32"]}
+
+    def quantize(source: str, output: str) -> None:
+        import qgraph
+
+        recipe = {"extends": "int4", "name": "held", "rules": [held]}
+        qgraph.optimize(source, recipe, target="ort", output=output, overrides=[_PURE])
+
+    return quantize
+
+
 # Those that hold all they quantize to 4 bits in groups of 32, so that their errors compare.
 SAME_BITS = [
     m for m in METHODS if m not in ("qgraph int4", "qgraph int4-g128", "qgraph auto (int8)")
@@ -108,18 +127,19 @@ FIGURES = ("kl_mean", "agreement", "perplexity", "top1", "cosine_mean", "cosine_
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model lies (below QGRAPH_TEST_DATA, or zoo:NAME) and what measures it."""
+    """Where a model lies (below QGRAPH_TEST_DATA, or zoo:NAME), what measures it, and who needs it folded."""
 
     path: str
     task: str
+    folded_for: tuple[str, ...] = ()
 
 
 MODELS = {
-    "stories260K": Model("lm/stories260K/stories260K.onnx", "stories"),
+    "stories260K": Model("lm/stories260K/stories260K.onnx", "stories", ("NNCF",)),
     "minilm": Model("encoder/minilm_l6_v2/minilm_l6_v2.onnx", "minilm"),
-    "rxnmapper": Model("lm/rxnmapper_albert/rxnmapper_albert.onnx", "rxnmapper"),
-    "bitllama": Model("lm/bitllama_3M/bitllama_3M.onnx", "bitllama"),
-    "tiny-llama": Model("zoo:tiny-llama", "tiny_llama"),
+    "rxnmapper": Model("lm/rxnmapper_albert/rxnmapper_albert.onnx", "rxnmapper", ("ORT", "NNCF")),
+    "bitllama": Model("lm/bitllama_3M/bitllama_3M.onnx", "bitllama", ("ORT", "NNCF")),
+    "tiny-llama": Model("zoo:tiny-llama", "tiny-llama"),
 }
 
 
@@ -127,12 +147,16 @@ def measure(name: str, methods: list[str], peers: str, limit: int | None) -> dic
     """All methods on one model."""
     import weight_error
 
+    from qgraph import files
+
     model, found = MODELS[name], {}
     with tempfile.TemporaryDirectory(prefix="qgraph-bench-") as folder:
-        source = Path(folder, "float.onnx")
-        _fold(model.path, source)
+        plain, folded = Path(folder, "float.onnx"), Path(folder, "folded.onnx")
+        files.save(files.load(_located(model.path)), plain)
+        _fold(plain, folded)
         errors: dict[str, Any] = {}
         for method in methods:
+            source = folded if method.split()[0] in model.folded_for else plain
             output = Path(folder, "quantized.onnx")
             row: dict[str, Any] = {}
             try:
@@ -144,33 +168,34 @@ def measure(name: str, methods: list[str], peers: str, limit: int | None) -> dic
                 row["weights"] = weight_error.total(errors[method])
                 row["matrices"] = [e.to_json() for e in errors[method]]
                 row["metrics"] = _metrics(model.task, output, source, limit)
+                if _use_float_activations(output):
+                    row["float_activations"] = _metrics(model.task, output, source, limit)
             except (Failed, LookupError) as e:
                 row["failed"] = str(e)
             output.unlink(missing_ok=True)
             found[method] = row
             print(f"{name:12s} {method:20s} {_line(row)}", file=sys.stderr, flush=True)
         compared = _compare(errors)
-        result = {"float_bytes": source.stat().st_size, "methods": found, "same_matrices": compared}
+        result = {"float_bytes": plain.stat().st_size, "methods": found, "same_matrices": compared}
     for method, mse in compared["mse"].items():
         print(f"{name:12s} {method:20s} the same matrices: mse {mse:.4g}", file=sys.stderr)
     return result
 
 
-def _fold(path: str, output: Path) -> None:
+def _located(path: str) -> str:
+    return path if path.startswith("zoo:") else str(Path(os.environ["QGRAPH_TEST_DATA"], path))
+
+
+def _fold(source: Path, output: Path) -> None:
     """Fold constants; MatMul and Add stay apart."""
     import onnxruntime
 
     from qgraph import files
 
-    if path.startswith("zoo:"):
-        files.save(files.load(path), output)
-        path = str(output)
-    else:
-        path = str(Path(os.environ["QGRAPH_TEST_DATA"], path))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(output)
-    onnxruntime.InferenceSession(path, options, disabled_optimizers=["MatMulAddFusion"])
+    onnxruntime.InferenceSession(str(source), options, disabled_optimizers=["MatMulAddFusion"])
     # ONNX Runtime imports every domain that it knows; peers stumble over some of them.
     files.save(files.load(output), output, force=True)
 
@@ -187,6 +212,19 @@ def _metrics(name: str, model: Path, source: Path, limit: int | None) -> dict[st
     said = _call([*command, *([] if limit is None else ["--limit", str(limit)])])
     found = json.loads(said.splitlines()[-1])
     return {k: round(float(found[k]), 5) for k in FIGURES if k in found}
+
+
+def _use_float_activations(path: Path) -> bool:
+    """Let MatMulNBits compute in float: what is left is the error of the weights alone."""
+    import onnx_ir as ir
+
+    model, changed = ir.load(path), False
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits" and node.attributes.pop("accuracy_level", None):
+            changed = True
+    if changed:
+        ir.save(model, path)
+    return changed
 
 
 class Failed(Exception):
@@ -217,7 +255,7 @@ def _figures(name: str, model: str, source: str, limit: int | None) -> dict[str,
 
 def _compare(errors: dict[str, Any]) -> dict[str, Any]:
     """Mean squared error over the matrices that every tool of SAME_BITS holds in 4 bits."""
-    tools = {m: {e.name: e for e in found} for m, found in errors.items() if m in SAME_BITS}
+    tools = {m: {e.output: e for e in found} for m, found in errors.items() if m in SAME_BITS}
     names = [
         name
         for name in next(iter(tools.values()), {})
@@ -235,6 +273,9 @@ def _line(row: dict[str, Any]) -> str:
     said = f"FAILED {row['failed']}" if "failed" in row else f"({row['seconds']:.1f} s)"
     if "metrics" in row:
         said = " ".join(f"{k} {v:.4f}" for k, v in row["metrics"].items()) + f" {said}"
+    if "float_activations" in row:
+        figure, value = next(iter(row["float_activations"].items()))
+        said = f"[float activations: {figure} {value:.4f}] {said}"
     if "weights" in row:
         w = row["weights"]
         said = f"{w['bits_per_weight']:5.2f} bits {w['sqnr_db']:6.2f} dB {said}"
@@ -253,7 +294,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker:
         method, source, output = given.worker
-        METHODS[method](source, output)
+        _method(method)(source, output)
         return
     sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
     if given.measure:

@@ -37,6 +37,7 @@ class Error:
 
     Attributes:
         name: of the float weight.
+        output: name of what the operator computes, the same in every tool's file.
         bits: of its codes; 32 where it stayed float.
         stored_bytes: codes, scales and zero points.
         elements: N * K.
@@ -45,6 +46,7 @@ class Error:
     """
 
     name: str
+    output: str
     bits: int
     stored_bytes: int
     elements: int
@@ -78,10 +80,12 @@ def of(source: str | Path, quantized: str | Path) -> list[Error]:
         use = next((u for u in weight.uses if u.kind in ("matmul", "gemm") and not u.reason), None)
         if use is None or len(weight.dims) != 2:
             continue
-        node = _linear(produced.get(str(use.node.outputs[0].name)))
+        output = str(use.node.outputs[0].name)
+        node = _linear(produced.get(output))
         if node is None:
-            raise LookupError(f"{quantized}: nothing computes {use.node.outputs[0].name!r}")
-        errors.append(_error(weight.label, use.matrix.of(graph.array(weight.value)), node))
+            raise LookupError(f"{quantized}: nothing computes {output!r}")
+        w = use.matrix.of(graph.array(weight.value))
+        errors.append(_error(weight.label, output, w, node))
     return errors
 
 
@@ -109,7 +113,7 @@ def _linear(node: ir.Node | None, steps: int = 4) -> ir.Node | None:
     return None
 
 
-def _error(name: str, w: Array, node: ir.Node) -> Error:
+def _error(name: str, output: str, w: Array, node: ir.Node) -> Error:
     n, k = w.shape
     rows = max(1, _PART // k)
     read = _nbits(node, n, k) if node.op_type == "MatMulNBits" else _expression(node)
@@ -119,7 +123,7 @@ def _error(name: str, w: Array, node: ir.Node) -> Error:
         power += float(np.square(part).sum())
         noise += float(np.square(part - read(slice(start, start + rows))).sum())
     bits, nbytes = _stored(node)
-    return Error(name, bits, nbytes, n * k, noise, power)
+    return Error(name, output, bits, nbytes, n * k, noise, power)
 
 
 def _nbits(node: ir.Node, n: int, k: int) -> Any:
