@@ -54,7 +54,7 @@ class Native:
 
     Attributes:
         path: the file.
-        isa: the instruction set in use: "scalar", "avx2", "avx512vnni" or "neon".
+        isa: the instruction set in use: "scalar", "avx2", "avx512vnni", "neon" or "neondot".
         isas: those that this CPU can run, each with its number.
         dll: the functions.
     """

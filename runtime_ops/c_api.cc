@@ -14,7 +14,8 @@ RtnKernel rtn_kernel(Isa isa) {
     case Isa::kAvx2: return qg_rtn__avx2;
     case Isa::kAvx512Vnni: return qg_rtn__avx512;
 #elif defined(__aarch64__)
-    case Isa::kNeon: return qg_rtn__neon;
+    case Isa::kNeon:
+    case Isa::kNeonDot: return qg_rtn__neon;
 #endif
     default: return qg_rtn__scalar;
   }

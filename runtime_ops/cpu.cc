@@ -4,8 +4,30 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace qgraph {
 namespace {
+
+#if defined(__aarch64__)
+// Elsewhere nobody says, and the answer is no.
+bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Choice {
   Isa isa;
@@ -25,7 +47,8 @@ Choice choose() {
     // A cap that the CPU does not reach leaves its best; one that it has limits it.
     return {is_supported(isa) ? isa : best, nullptr};
   }
-  return {best, "the environment variable QGRAPH_ISA must be scalar, avx2, avx512vnni or neon"};
+  return {best,
+          "the environment variable QGRAPH_ISA must be scalar, avx2, avx512vnni, neon or neondot"};
 }
 
 const Choice& choice() {
@@ -41,6 +64,7 @@ const char* isa_name(Isa isa) {
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512Vnni: return "avx512vnni";
     case Isa::kNeon: return "neon";
+    case Isa::kNeonDot: return "neondot";
   }
   return nullptr;
 }
@@ -58,7 +82,8 @@ bool is_supported(Isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
-    case Isa::kNeon: return true;
+    case Isa::kNeon: return true;  // part of every 64-bit ARM CPU
+    case Isa::kNeonDot: return has_dot_product();
 #endif
     default: return false;
   }

@@ -4,8 +4,8 @@
 namespace qgraph {
 
 // Ascending within one architecture.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kNeon = 3 };
-constexpr int kIsaCount = 4;
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kNeon = 3, kNeonDot = 4 };
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 
