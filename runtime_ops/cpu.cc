@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -14,7 +16,13 @@
 namespace qgraph {
 namespace {
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+// Clang's __builtin_cpu_supports has no name for it.
+bool has_float16_conversion() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#elif defined(__aarch64__)
 // Elsewhere nobody says, and the answer is no.
 bool has_dot_product() {
 #if defined(__linux__)
@@ -76,7 +84,7 @@ bool is_supported(Isa isa) {
     // These look at the operating system's support for the registers as well.
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+             has_float16_conversion();
     case Isa::kAvx512Vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
