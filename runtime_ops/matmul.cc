@@ -54,8 +54,6 @@ void check(const MatMulSpec& s) {
            ", expected one to be a multiple of the other"});
 }
 
-int64_t block_count(int64_t m, int block_rows) { return (m + block_rows - 1) / block_rows; }
-
 // Scratch: int8 codes, scales, sums; or floats.
 struct Scratch {
   Scratch(const MatMulPlan& p, int64_t m, void* base) {
@@ -129,7 +127,7 @@ void run_tasks(Executor& executor, void (*task)(void*, size_t), int64_t count, v
   }
 }
 
-int64_t tiles_per_task(const MatMulPlan& p, int64_t m) {
+int64_t tiles_per_task(const MatMulPlan& p, int64_t m, int64_t tiles_at_once) {
   const double products = static_cast<double>(m) * kTileRows * static_cast<double>(p.padded);
   const double speed =
       p.spec.activation_bits == 0 ? kFloatProductsPerMicrosecond : kProductsPerMicrosecond;
@@ -137,7 +135,8 @@ int64_t tiles_per_task(const MatMulPlan& p, int64_t m) {
       std::max(static_cast<double>(p.weight_bytes) / kBytesPerMicrosecond, products / speed);
   // Work of less than two tasks is not cut at all.
   if (one * static_cast<double>(p.tiles) < 2 * kTaskMicroseconds) return p.tiles;
-  return std::max<int64_t>(1, static_cast<int64_t>(kTaskMicroseconds / one));
+  return round_up(std::max<int64_t>(1, static_cast<int64_t>(kTaskMicroseconds / one)),
+                  tiles_at_once);
 }
 
 }  // namespace
@@ -190,8 +189,9 @@ void run_matmul(const Kernels& kernels, const MatMulPlan& plan, const MatMulWeig
                 0,
                 0};
   rounding.a = {x, m, spec.k, plan.padded, at.floats, 0, 0};
-  rounding.blocks = block_count(m, kernels.block_rows);
-  const int64_t block_elements = kernels.block_rows * plan.padded;
+  const RowBlocks& cut = is_float ? kernels.float_blocks : kernels.blocks;
+  rounding.blocks = cut.count(m);
+  const int64_t block_elements = cut.rows * plan.padded;
   rounding.per_task = std::max<int64_t>(1, kRoundingElements / block_elements);
   run_tasks(executor, Rounding::task, (rounding.blocks + rounding.per_task - 1) / rounding.per_task,
             &rounding);
@@ -222,7 +222,7 @@ void run_matmul(const Kernels& kernels, const MatMulPlan& plan, const MatMulWeig
   t.bias = bias;
   t.y = y;
   product.tiles = plan.tiles;
-  product.per_task = tiles_per_task(plan, m);
+  product.per_task = tiles_per_task(plan, m, kernels.tiles_at_once);
   run_tasks(executor, Product::task, (plan.tiles + product.per_task - 1) / product.per_task,
             &product);
 }

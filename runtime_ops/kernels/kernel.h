@@ -1,7 +1,7 @@
 // The matrix kernels as plain functions over raw pointers: no allocation, exceptions, threads, ORT.
 //
 // Weights lie in tiles of 16 rows, as qgraph/ops/layout.py says. Activations [m, k] are rearranged
-// by `quantize` or `arrange` into blocks of `block_rows` rows (the last block may have fewer):
+// by `quantize` or `arrange` into blocks of rows, all of nearly the same size:
 // int8 [block][k / 4][rows][4] or float [block][k][rows], so that one step of a tile reads them in
 // sequence. Every instruction set adds in the same order and gives the same bits.
 #pragma once
@@ -14,12 +14,19 @@
 namespace qgraph {
 
 constexpr int kTileRows = 16;
-constexpr int kTileBytes = 64;    // of codes, per step
-constexpr int kInt4Step = 8;      // columns
-constexpr int kTernaryStep = 16;  // columns
-constexpr int kInt4Middle = 8;    // the code of zero without zero points
-constexpr int kMaxBlockRows = 8;
+constexpr int kTileBytes = 64;                     // of codes, per step
+constexpr int kInt4Step = 8;                       // columns
+constexpr int kTernaryStep = 16;                   // columns
+constexpr int kInt4Middle = 8;                     // the code of zero without zero points
 constexpr int64_t kMaxColumns = int64_t{1} << 18;  // int32 sums cannot overflow
+
+// How rows are cut into blocks: all in one where they are few.
+struct RowBlocks {
+  int rows, few_rows;
+
+  constexpr int64_t count(int64_t m) const { return m <= few_rows ? 1 : (m + rows - 1) / rows; }
+};
+inline int64_t block_start(int64_t m, int64_t blocks, int64_t index) { return m * index / blocks; }
 
 // Rounds activations: x ~ codes * scale, a scale for each row and `block` columns.
 struct QuantizeTask {
@@ -78,7 +85,8 @@ struct HadamardTask {
 struct Kernels {
   const char* name;
   Isa isa;
-  int block_rows;
+  RowBlocks blocks, float_blocks;
+  int tiles_at_once;  // products with several rows are fastest with a multiple of so many tiles
   void (*quantize)(const QuantizeTask&);
   void (*arrange)(const ArrangeTask&);
   void (*int4_int8)(const MatMulTask&);

@@ -10,6 +10,10 @@ namespace {
 
 struct Lanes {
   static constexpr int kBlockRows = 2;
+  static constexpr int kFewRows = 2;
+  static constexpr int kFloatRows = 2;
+  static constexpr int kTiles = 1;
+  static constexpr int kSums = 4;  // that are best kept at once
   struct Ints {
     __m256i v[2];
   };
@@ -46,6 +50,9 @@ struct Lanes {
   static Ints multiply(Ints a, Ints b) {
     return {{_mm256_mullo_epi32(a.v[0], b.v[0]), _mm256_mullo_epi32(a.v[1], b.v[1])}};
   }
+  static Ints times_middle(Ints a) {
+    return {{_mm256_slli_epi32(a.v[0], 3), _mm256_slli_epi32(a.v[1], 3)}};
+  }
   static Ints bytes(const uint8_t* p) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {{_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))}};
@@ -58,6 +65,11 @@ struct Lanes {
     const __m256i p0 = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.v[0], a), one);
     const __m256i p1 = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.v[1], a), one);
     return {{_mm256_add_epi32(sum.v[0], p0), _mm256_add_epi32(sum.v[1], p1)}};
+  }
+
+  static void dot2(Ints& a, Ints& b, const Codes& codes_a, const Codes& codes_b, const int8_t* x) {
+    a = dot(a, codes_a, x);
+    b = dot(b, codes_b, x);
   }
 
   static Floats float_zero() { return all(0.0f); }

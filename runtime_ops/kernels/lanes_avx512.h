@@ -9,7 +9,11 @@ namespace qgraph {
 namespace {
 
 struct Lanes {
-  static constexpr int kBlockRows = 8;
+  static constexpr int kBlockRows = 6;
+  static constexpr int kFewRows = 8;
+  static constexpr int kFloatRows = 8;
+  static constexpr int kTiles = 2;
+  static constexpr int kSums = 12;  // that are best kept at once
   using Codes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
@@ -29,6 +33,7 @@ struct Lanes {
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Ints all(int32_t v) { return _mm512_set1_epi32(v); }
   static Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+  static Ints times_middle(Ints v) { return _mm512_slli_epi32(v, 3); }
   static Ints bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -37,6 +42,18 @@ struct Lanes {
     int32_t four;
     __builtin_memcpy(&four, x, sizeof four);
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+  }
+
+  // The same for two tiles: the activations are read once. In assembly, because compilers move the
+  // reads ahead of the products and run out of registers.
+  static void dot2(Ints& a, Ints& b, Codes codes_a, Codes codes_b, const int8_t* x) {
+    Ints four;
+    __asm__ volatile(
+        "vpbroadcastd %5, %2\n\t"
+        "vpdpbusd %2, %3, %0\n\t"
+        "vpdpbusd %2, %4, %1"
+        : "+v"(a), "+v"(b), "=&v"(four)
+        : "v"(codes_a), "v"(codes_b), "m"(*reinterpret_cast<const int32_t*>(x)));
   }
 
   static Floats float_zero() { return _mm512_setzero_ps(); }

@@ -16,7 +16,10 @@ namespace {
 struct Lanes {
   // 32 registers: the sums of four rows take half, and four activations of four rows fill one.
   static constexpr int kBlockRows = 4;
+  static constexpr int kFewRows = 4;
+  static constexpr int kFloatRows = 4;
   static constexpr int kTiles = 1;
+  static constexpr int kSums = 6;  // that are best kept at once
   struct Codes {
     uint8x16_t v[4];
   };
@@ -55,6 +58,10 @@ struct Lanes {
   }
   static Ints multiply(Ints a, Ints b) {
     QG_FOUR(i, a.v[i] = vmulq_s32(a.v[i], b.v[i]))
+    return a;
+  }
+  static Ints times_middle(Ints a) {
+    QG_FOUR(i, a.v[i] = vshlq_n_s32(a.v[i], 3))
     return a;
   }
   static Ints bytes(const uint8_t* p) {

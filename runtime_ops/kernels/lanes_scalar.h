@@ -10,6 +10,10 @@ namespace {
 
 struct Lanes {
   static constexpr int kBlockRows = 4;
+  static constexpr int kFewRows = 4;
+  static constexpr int kFloatRows = 4;
+  static constexpr int kTiles = 1;
+  static constexpr int kSums = 4;  // that are best kept at once
   struct Codes {
     uint8_t v[64];
   };
@@ -51,6 +55,10 @@ struct Lanes {
     for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
     return a;
   }
+  static Ints times_middle(Ints a) {
+    for (int32_t& lane : a.v) lane *= 8;
+    return a;
+  }
   static Ints bytes(const uint8_t* p) {
     Ints r;
     for (int i = 0; i < 16; ++i) r.v[i] = p[i];
@@ -59,6 +67,11 @@ struct Lanes {
   static Ints dot(Ints sum, const Codes& codes, const int8_t* x) {
     for (int i = 0; i < 64; ++i) sum.v[i / 4] += codes.v[i] * x[i % 4];
     return sum;
+  }
+
+  static void dot2(Ints& a, Ints& b, const Codes& codes_a, const Codes& codes_b, const int8_t* x) {
+    a = dot(a, codes_a, x);
+    b = dot(b, codes_b, x);
   }
 
   static Floats float_zero() { return all(0.0f); }

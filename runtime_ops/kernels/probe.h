@@ -6,6 +6,8 @@
 #include "kernels/kernel.h"
 
 #define QG_UNROLL _Pragma("GCC unroll 16")
+// A body of its own for each kernel: inlined into its caller, compilers spill its registers.
+#define QG_OUTLINED __attribute__((noinline))
 
 namespace qgraph {
 namespace {

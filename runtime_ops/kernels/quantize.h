@@ -44,24 +44,26 @@ inline void round_to_bytes(const float* x, int64_t count, float factor, int8_t* 
   }
 }
 
-template <int BlockRows>
+template <class Shape>
 void quantize_rows(const QuantizeTask& t) {
   constexpr int64_t kPiece = 1024;  // a multiple of 4; codes of one piece lie on the stack
   int8_t piece[kPiece];
   const int64_t units = (t.padded + t.unit - 1) / t.unit;
   const int64_t scale_count = (t.padded + t.block - 1) / t.block;
+  const int64_t blocks = Shape::kBlocks.count(t.m);
   for (int64_t b = t.first; b < t.last; ++b) {
-    const int64_t rows = std::min<int64_t>(BlockRows, t.m - b * BlockRows);
-    int8_t* codes = t.codes + b * BlockRows * t.padded;
-    float* scales = t.scales + b * BlockRows * scale_count;
-    int32_t* sums = t.negative_sums + b * BlockRows * units;
+    const int64_t start = block_start(t.m, blocks, b);
+    const int64_t rows = block_start(t.m, blocks, b + 1) - start;
+    int8_t* codes = t.codes + start * t.padded;
+    float* scales = t.scales + start * scale_count;
+    int32_t* sums = t.negative_sums + start * units;
     std::fill(sums, sums + rows * units, 0);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* x = t.x + (b * BlockRows + r) * t.k;
+      const float* x = t.x + (start + r) * t.k;
       for (int64_t s = 0; s < scale_count; ++s) {
-        const int64_t start = s * t.block, end = std::min(start + t.block, t.padded);
-        const int64_t given = std::max<int64_t>(0, std::min(end, t.k) - start);
-        const uint32_t peak = largest_bits(x + start, given);
+        const int64_t begin = s * t.block, end = std::min(begin + t.block, t.padded);
+        const int64_t given = std::max<int64_t>(0, std::min(end, t.k) - begin);
+        const uint32_t peak = largest_bits(x + begin, given);
         const float size = float_of(peak);
         const bool is_finite = peak < kInfinityBits;
         const bool is_zero = size < 7.888609052210118e-31f;  // 2^-100: 1 / size stays finite
@@ -71,7 +73,7 @@ void quantize_rows(const QuantizeTask& t) {
                                           : size / levels;
         // NaN and Inf must not reach the conversion to integers.
         const float factor = is_finite && !is_zero ? levels / size : 0.0f;
-        for (int64_t at = start; at < end;) {
+        for (int64_t at = begin; at < end;) {
           // A piece never crosses a unit.
           const int64_t unit = at / t.unit;
           const int64_t stop = std::min({end, at + kPiece, (unit + 1) * t.unit});
@@ -99,12 +101,14 @@ void quantize_rows(const QuantizeTask& t) {
   }
 }
 
-template <int BlockRows>
+template <class Shape>
 void arrange_rows(const ArrangeTask& t) {
+  const int64_t blocks = Shape::kBlocks.count(t.m);
   for (int64_t b = t.first; b < t.last; ++b) {
-    const int64_t rows = std::min<int64_t>(BlockRows, t.m - b * BlockRows);
-    const float* x = t.x + b * BlockRows * t.k;
-    float* out = t.out + b * BlockRows * t.padded;
+    const int64_t start = block_start(t.m, blocks, b);
+    const int64_t rows = block_start(t.m, blocks, b + 1) - start;
+    const float* x = t.x + start * t.k;
+    float* out = t.out + start * t.padded;
     for (int64_t k = 0; k < t.k; ++k) {
       for (int64_t r = 0; r < rows; ++r) out[k * rows + r] = x[r * t.k + k];
     }

@@ -101,7 +101,7 @@ void quantize(const Request& r, const qgraph::Kernels& kernels, const Buffers& o
   task.codes = at<int8_t>(outputs, 0);
   task.scales = at<float>(outputs, 1);
   task.negative_sums = at<int32_t>(outputs, 2);
-  task.last = (task.m + kernels.block_rows - 1) / kernels.block_rows;
+  task.last = kernels.blocks.count(task.m);
   kernels.quantize(task);
 }
 
@@ -172,7 +172,7 @@ int main(int argc, char** argv) {
     all.push_back(qgraph::kernels_for(static_cast<qgraph::Isa>(isa)));
     require(all.back() != nullptr, "an instruction set without kernels");
     require(std::strcmp(all.back()->name, qg_isa_name(isa)) == 0, "kernels of another name");
-    std::printf(" %s %d", qg_isa_name(isa), all.back()->block_rows);
+    std::printf(" %s %d", qg_isa_name(isa), all.back()->blocks.rows);
   }
   std::printf("\n");
 

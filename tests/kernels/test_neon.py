@@ -194,7 +194,9 @@ def matmul(rng, kind):
 
 def side_by_side(values, rows, depth):
     """[m, c] → as the kernels keep it: [blocks of rows][c / depth][rows][depth]."""
-    blocks = [values[i : i + rows] for i in range(0, len(values), rows)]
+    count = -(-len(values) // rows)
+    starts = [len(values) * i // count for i in range(count + 1)]
+    blocks = [values[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
     parts = [b.reshape(len(b), -1, depth).transpose(1, 0, 2).ravel() for b in blocks]
     return np.concatenate(parts)
 
