@@ -8,6 +8,7 @@ that `QuantSpec.scale_shape` says and are spread over their blocks by `expand`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,18 @@ def min_max_grid(w: FloatArray, spec: QuantSpec) -> tuple[Floats, Codes | None]:
     scale = np.where(scale == 0, np.float32(1), scale)
     zero_point = np.clip(np.rint(qtype.qmin - low / scale), qtype.qmin, qtype.qmax)
     return scale, zero_point.astype(qtype.container)
+
+
+def range_grid(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
+    """Scale and zero point of the per-tensor grid that covers [low, high] and 0; `spec.block` is not looked at.
+
+    The arithmetic of `min_max_grid` in float64, with the zero point given where it is not stored either.
+    """
+    one = replace(spec, block=(0, 0))
+    scale, zero_point = min_max_grid(np.array([[low, high]], np.float64), one)
+    if zero_point is None:
+        return float(scale[0, 0]), midpoint(spec)
+    return float(scale[0, 0]), int(zero_point[0, 0])
 
 
 def to_scale(scale: FloatArray, spec: QuantSpec) -> Floats:

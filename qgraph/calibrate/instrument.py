@@ -1,0 +1,126 @@
+"""Bringing values out of a graph, from wherever they are, as outputs of the main graph.
+
+A value inside an If is a further output of the If: the branch that it is not in gives an empty tensor, which counts for
+nothing. A value inside a Loop or Scan is a further scan output: the turns, stacked on a new first axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import errors, graph
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """One observed value: its name, the value of the main graph that holds it, and axes that stand before its own."""
+
+    name: str
+    value: ir.Value
+    new_axes: int = 0
+
+
+def find(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
+    """Values by name, of all scopes.
+
+    Raises:
+        errors.InputError: QG140 for a name that no computed value has.
+    """
+    known: dict[str, ir.Value] = {}
+    for each in graph.graphs(model):
+        for v in (*each.inputs, *(v for node in each for v in node.outputs)):
+            known.setdefault(v.name or "", v)
+    missing = [n for n in names if n not in known]
+    if missing:
+        raise errors.InputError(
+            *(
+                errors.Diagnostic(
+                    "error", "QG140", n, "there is no such activation", errors.nearest(n, known)
+                )
+                for n in missing
+            )
+        )
+    return {n: known[n] for n in names}
+
+
+def tap(model: ir.Model, names: Sequence[str]) -> list[Tapped]:
+    """Bring values out, changing the model: bodies get outputs, the main graph gets none yet."""
+    holders = {body: node for node in graph.nodes(model) for body in graph.bodies(node)}
+    fresh = graph.Names(model)
+    return [_lift(name, v, holders, fresh) for name, v in find(model, names).items()]
+
+
+def _lift(name: str, v: ir.Value, holders: dict[ir.Graph, ir.Node], fresh: graph.Names) -> Tapped:
+    axes = 0
+    body = _scope(v)
+    while (node := holders.get(body)) is not None:
+        if node.op_type == "If":
+            v = _out_of_if(node, body, v, fresh)
+        elif node.op_type in ("Loop", "Scan"):
+            v = _out_of_loop(node, body, v, fresh)
+            axes += 1
+        else:
+            raise errors.UnsupportedError(
+                errors.Diagnostic(
+                    "error", "QG141", name, f"lies in a body of {graph.where(node)}",
+                    "leave it out: values in If, Loop and Scan can be observed",
+                )
+            )  # fmt: skip
+        body = graph.owner(node)
+    return Tapped(name, v, axes)
+
+
+def _scope(v: ir.Value) -> ir.Graph:
+    node = v.producer()
+    if node is not None:
+        return graph.owner(node)
+    if not isinstance(v.graph, ir.Graph):
+        raise TypeError(f"{v.name!r} belongs to no graph")
+    return v.graph
+
+
+def _out_of_if(node: ir.Node, body: ir.Graph, v: ir.Value, fresh: graph.Names) -> ir.Value:
+    dtype = v.dtype or ir.DataType.FLOAT
+    rank = None if v.shape is None else len(v.shape)
+    for each in graph.bodies(node):
+        if each is body:
+            # A copy: the branch may give the value already, and a name may be given only once.
+            out = graph.value(fresh(f"{v.name}.tap"), v.dtype, v.shape)
+            each.append(ir.Node("", "Identity", [v], outputs=[out]))
+        else:
+            empty = ir.tensor(np.zeros([0] * (rank or 1), np.float32))
+            dims = list(empty.shape.numpy())
+            out = graph.value(fresh(f"{v.name}.none"), ir.DataType.FLOAT, dims)
+            each.append(ir.Node("", "Constant", [], [ir.AttrTensor("value", empty)], outputs=[out]))
+            if dtype != ir.DataType.FLOAT:
+                cast = graph.value(fresh(f"{v.name}.none"), dtype, dims)
+                each.append(
+                    ir.Node("", "Cast", [out], [ir.AttrInt64("to", int(dtype))], outputs=[cast])
+                )
+                out = cast
+        each.outputs.append(out)
+    return _new_output(node, v, fresh)
+
+
+def _out_of_loop(node: ir.Node, body: ir.Graph, v: ir.Value, fresh: graph.Names) -> ir.Value:
+    out = graph.value(fresh(f"{v.name}.tap"), v.dtype, v.shape)
+    body.append(ir.Node("", "Identity", [v], outputs=[out]))
+    body.outputs.append(out)
+    for name in ("scan_output_axes", "scan_output_directions"):
+        held = node.attributes.get(name)
+        if held is not None:
+            node.attributes[name] = ir.AttrInt64s(name, [*held.as_ints(), 0])
+    return _new_output(node, v, fresh)
+
+
+def _new_output(node: ir.Node, v: ir.Value, fresh: graph.Names) -> ir.Value:
+    node.resize_outputs(len(node.outputs) + 1)
+    made = node.outputs[-1]
+    made.name = fresh(f"{v.name}.out")
+    if v.dtype is not None:
+        made.type = ir.TensorType(v.dtype)
+    return made
