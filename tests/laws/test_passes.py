@@ -51,6 +51,7 @@ def ctx(request: pytest.FixtureRequest, eager: Any) -> Context:
 @pytest.mark.parametrize("name", PASSES)
 def test_keeps_its_word(name, odd, ctx):
     model = odd.build()
+    ctx.data = odd.samples
     for each in chain(name):
         make(each).run(model, ctx)
     before, text = graph.clone(model), printer.text(model)
