@@ -9,8 +9,8 @@ namespace {
 // One step of codes against Rows activations; `parity` chooses among the chains. The activations
 // that a product reads serve all tiles.
 template <int Rows, int Tiles, int C>
-inline void int4_step(Sums<Rows, Tiles, C>& sums, int parity, const uint8_t* codes, int64_t stride,
-                      const int8_t* x) {
+QG_INLINED void int4_step(Sums<Rows, Tiles, C>& sums, int parity, const uint8_t* codes,
+                          int64_t stride, const int8_t* x) {
   Codes low[Tiles], high[Tiles];
   QG_UNROLL for (int i = 0; i < Tiles; ++i) {
     const Codes both = Lanes::load(codes + i * stride);

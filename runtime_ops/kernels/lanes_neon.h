@@ -19,7 +19,7 @@ struct Lanes {
   static constexpr int kFewRows = 4;
   static constexpr int kFloatRows = 4;
   static constexpr int kTiles = 1;
-  static constexpr int kSums = 6;  // that are best kept at once
+  static constexpr int kSums = 4;  // that are best kept at once
   struct Codes {
     uint8x16_t v[4];
   };

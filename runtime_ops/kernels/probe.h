@@ -8,6 +8,8 @@
 #define QG_UNROLL _Pragma("GCC unroll 16")
 // A body of its own for each kernel: inlined into its caller, compilers spill its registers.
 #define QG_OUTLINED __attribute__((noinline))
+// Part of such a body: as a call, its sums would pass through memory.
+#define QG_INLINED __attribute__((always_inline)) inline
 
 namespace qgraph {
 namespace {

@@ -16,16 +16,22 @@ using Codes = Lanes::Codes;
 
 constexpr int64_t kAhead = 8192;  // bytes; more than a page, less than a tile of a large matrix
 
+// Where N is not a multiple of a tile's rows. Apart, or this little used loop, inlined for every
+// row, would be most of the code.
+QG_OUTLINED void write_part(const MatMulTask& t, int64_t row, int64_t n, const float* sum) {
+  float* y = t.y + row * t.n;
+  for (int64_t i = n; i < t.n; ++i) y[i] = t.bias ? sum[i - n] + t.bias[i] : sum[i - n];
+}
+
 inline void write(const MatMulTask& t, int64_t row, int64_t tile, Floats sum) {
   const int64_t n = tile * kTileRows;
-  float* y = t.y + row * t.n + n;
   if (n + kTileRows <= t.n) {
-    Lanes::store(y, t.bias ? Lanes::add(sum, Lanes::load(t.bias + n)) : sum);
+    Lanes::store(t.y + row * t.n + n, t.bias ? Lanes::add(sum, Lanes::load(t.bias + n)) : sum);
     return;
   }
   float all[kTileRows];
   Lanes::store(all, sum);
-  for (int64_t i = 0; i < t.n - n; ++i) y[i] = t.bias ? all[i] + t.bias[n + i] : all[i];
+  write_part(t, row, n, all);
 }
 
 inline Floats scales_at(const MatMulTask& t, int64_t index) {
@@ -49,7 +55,8 @@ struct Sums {
 
 // Row r against a step of each tile.
 template <int Rows, int Tiles>
-inline void dots(Ints (&sums)[Tiles][Rows], int r, const Codes (&codes)[Tiles], const int8_t* x) {
+QG_INLINED void dots(Ints (&sums)[Tiles][Rows], int r, const Codes (&codes)[Tiles],
+                     const int8_t* x) {
   static_assert(Tiles == 1 || Tiles == 2, "");
   if (Tiles == 1) {
     sums[0][r] = Lanes::dot(sums[0][r], codes[0], x);

@@ -7,8 +7,8 @@ namespace qgraph {
 namespace {
 
 template <int F, int Rows, int Tiles, int C>
-inline void ternary_field(Sums<Rows, Tiles, C>& sums, const Codes (&codes)[Tiles],
-                          const int8_t* x) {
+QG_INLINED void ternary_field(Sums<Rows, Tiles, C>& sums, const Codes (&codes)[Tiles],
+                              const int8_t* x) {
   Codes field[Tiles];
   QG_UNROLL for (int i = 0; i < Tiles; ++i) field[i] = Lanes::field2<F>(codes[i]);
   auto& chain = sums.v[F % C];

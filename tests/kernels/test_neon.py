@@ -279,7 +279,7 @@ def search(rng):
 @pytest.mark.parametrize("kind", [INT4, TERNARY])
 def test_products_are_those_of_this_machine(driver, kind, seed, tmp_path):
     rng = np.random.default_rng([kind, seed])
-    check(driver, [matmul(rng, kind) for _ in range(60)], tmp_path)
+    check(driver, [matmul(rng, kind) for _ in range(120)], tmp_path)
 
 
 @pytest.mark.parametrize("make", [quantize, hadamard], ids=lambda make: make.__name__)
