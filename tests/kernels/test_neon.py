@@ -5,6 +5,7 @@ cmake, qemu-user-static).
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 import struct
@@ -196,7 +197,7 @@ def side_by_side(values, rows, depth):
     """[m, c] → as the kernels keep it: [blocks of rows][c / depth][rows][depth]."""
     count = -(-len(values) // rows)
     starts = [len(values) * i // count for i in range(count + 1)]
-    blocks = [values[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    blocks = [values[a:b] for a, b in itertools.pairwise(starts)]
     parts = [b.reshape(len(b), -1, depth).transpose(1, 0, 2).ravel() for b in blocks]
     return np.concatenate(parts)
 
