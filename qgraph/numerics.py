@@ -70,15 +70,23 @@ def min_max_grid(w: FloatArray, spec: QuantSpec) -> tuple[Floats, Codes | None]:
 
 
 def range_grid(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
-    """Scale and zero point of the per-tensor grid that covers [low, high] and 0; `spec.block` is not looked at.
+    """Scale and zero point of the per-tensor grid that covers [low, high] and 0; `spec.block` is not looked at."""
+    scales, zero_points = range_grids(np.array([[low, high]], np.float64), spec)
+    return float(scales[0]), int(zero_points[0])
 
-    The arithmetic of `min_max_grid` in float64, with the zero point given where it is not stored either.
+
+def range_grids(
+    ranges: npt.NDArray[np.float64], spec: QuantSpec
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Scales [m] and zero points [m] of per-tensor grids, one for each (low, high) of the ranges [m, 2].
+
+    The arithmetic of `min_max_grid` in float64; the zero point is given where it is not stored either.
     """
-    one = replace(spec, block=(0, 0))
-    scale, zero_point = min_max_grid(np.array([[low, high]], np.float64), one)
-    if zero_point is None:
-        return float(scale[0, 0]), midpoint(spec)
-    return float(scale[0, 0]), int(zero_point[0, 0])
+    scales, stored = min_max_grid(ranges, replace(spec, block=(1, 0)))
+    zero_points = np.full(len(scales), midpoint(spec), np.int64)
+    if stored is not None:
+        zero_points[:] = stored[:, 0]
+    return scales[:, 0].astype(np.float64), zero_points
 
 
 def to_scale(scale: FloatArray, spec: QuantSpec) -> Floats:

@@ -47,6 +47,11 @@ QG_EXPORT int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64
 QG_EXPORT int32_t qg_pack(const uint8_t* codes, int64_t rows, int64_t cols, int32_t bits,
                           uint8_t* packed);
 
+// Adds the finite values of x [n] to counts [65536], by the upper 16 bits of their pattern, and
+// writes the smallest and the largest of them to extremes [2] (inf and -inf where there are none).
+// Returns how many values were NaN or infinite; their buckets are zero before and after.
+QG_EXPORT int64_t qg_count_floats(const float* x, int64_t n, int64_t* counts, float* extremes);
+
 // y [m, n] = x [m, k] * weights^T + bias on the calling thread, as the operators compute it; the
 // layout of the weights is in qgraph/ops/layout.py. scratch has qg_matmul_scratch bytes. For tests
 // and benchmarks: `task_order` 0 runs the tasks in order, 1 in reverse.

@@ -8,7 +8,7 @@ import typer
 
 from qgraph.cli import options, terminal
 
-ADVICE = frozenset({"huge pages"})  # checks that only make things faster
+ADVICE = frozenset({"calibration", "huge pages"})  # checks that only make things faster
 
 
 def doctor(as_json: options.Json = False) -> None:

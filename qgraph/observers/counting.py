@@ -25,7 +25,10 @@ def count(values: Floats, counts: Counts) -> tuple[float, float, int]:
         The smallest and the largest finite value (inf and -inf where there are none), and how many were not finite.
     """
     function = native_function()
-    return by_numpy(values, counts) if function is None else by_native(function, values, counts)
+    low, high, lost = (
+        by_numpy(values, counts) if function is None else by_native(function, values, counts)
+    )
+    return low + 0.0, high + 0.0, lost  # never -0.0, which both ways may find or not
 
 
 @functools.cache

@@ -8,10 +8,12 @@ threshold with the least KL(P | Q) wins.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from qgraph.observers.histogram import Doubles
 
 BINS = 2048
+_NOTHING = 1e-4  # the share of Q in a bin that it leaves empty
 
 
 def threshold(low: Doubles, high: Doubles, counts: Doubles, *, levels: int = 128) -> float:
@@ -24,8 +26,7 @@ def threshold(low: Doubles, high: Doubles, counts: Doubles, *, levels: int = 128
     bins[0] = bins[1]
     levels = min(levels, BINS // 2)
     tried = np.arange(levels, BINS + 1)
-    divergence = np.array([_divergence(bins, int(i), levels) for i in tried])
-    return float(peak * tried[int(np.argmin(divergence))] / BINS)
+    return float(peak * tried[int(np.argmin(_divergences(bins, tried, levels)))] / BINS)
 
 
 def linear(low: Doubles, high: Doubles, counts: Doubles, peak: float) -> Doubles:
@@ -35,27 +36,43 @@ def linear(low: Doubles, high: Doubles, counts: Doubles, peak: float) -> Doubles
     # Buckets do not overlap, but there may be empty stretches between them, where the sum stands still.
     xs = np.stack([low, high], axis=1).reshape(-1)
     ys = np.stack([after[:-1], after[1:]], axis=1).reshape(-1)
-    reached = np.interp(edges, xs, ys)
+    # Whole counts: sparse tails leave bins empty, as they would if the values themselves were counted.
+    reached = np.rint(np.interp(edges, xs, ys))
     reached[0], reached[-1] = 0.0, after[-1]
     return np.diff(reached)
 
 
-def _divergence(bins: Doubles, count: int, levels: int) -> float:
-    """KL(P | Q) in nats for a threshold after `count` bins."""
-    kept = bins[:count]
-    p = kept.copy()
-    p[-1] += bins[count:].sum()
-    starts = np.arange(levels) * count // levels
-    used = kept > 0
-    total = np.add.reduceat(kept, starts)
-    filled = np.maximum(np.add.reduceat(used.astype(np.float64), starts), 1)
-    q = np.repeat(total / filled, np.diff(np.append(starts, count))) * used
-    both = (p > 0) & (q > 0)
-    if not both.any():
-        return np.inf
-    # Where Q has nothing (the last bin alone can be so), TensorRT's samples smooth with a small weight.
-    p_sum, q_sum = p.sum(), q.sum()
-    share_p, share_q = p / p_sum, q / q_sum
-    lost = share_p[(p > 0) & (q <= 0)]
-    value = float(np.sum(share_p[both] * np.log(share_p[both] / share_q[both])))
-    return value + float(np.sum(lost * np.log(lost / 1e-4)))
+def _divergences(bins: Doubles, tried: npt.NDArray[np.int64], levels: int) -> Doubles:
+    """KL(P | Q) in nats for each threshold, given as a number of bins.
+
+    Q is constant over the filled bins of a group, so Σ p log q is a sum over groups, and all sums are differences of
+    cumulative ones: no loop over thresholds.
+    """
+    total = bins.sum()
+    sums, filled, p_log_p = (
+        np.concatenate([[0.0], np.cumsum(each)]) for each in (bins, bins > 0, _x_log_x(bins))
+    )
+    edges = np.arange(levels + 1) * tried[:, None] // levels
+    mass, used = np.diff(sums[edges]), np.diff(filled[edges])
+    kept, last = sums[tried], bins[tried - 1]
+    beyond = total - kept
+    log_q = (
+        np.log(np.maximum(mass, 1e-300) / np.maximum(used, 1))
+        - np.log(np.maximum(kept, 1e-300))[:, None]
+    )
+    cross = (mass * log_q).sum(axis=1)
+    # The last bin of P also holds what is beyond. Where Q has nothing there, it counts as a small weight.
+    is_filled = last > 0
+    own = (
+        p_log_p[tried]
+        - _x_log_x(last)
+        + np.where(is_filled, _x_log_x(last + beyond), _x_log_x(beyond))
+    )
+    cross += beyond * np.where(is_filled, log_q[:, -1], np.log(_NOTHING))
+    divergence: Doubles = np.where(kept > 0, (own - cross) / total - np.log(total), np.inf)
+    return divergence
+
+
+def _x_log_x(x: Doubles) -> Doubles:
+    product: Doubles = x * np.log(np.maximum(x, 1e-300))
+    return product

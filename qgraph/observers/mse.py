@@ -10,7 +10,10 @@ than a step of the grid and its middle would stand for nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 
 from qgraph import numerics
 from qgraph.observers.histogram import Doubles, FloatHistogram
@@ -22,77 +25,76 @@ _ROUNDS = 3  # of refinement, each between the neighbours of the best so far
 _FINE = 9
 
 
+@dataclass(frozen=True, slots=True)
+class Density:
+    """A histogram as a function that is constant between edges: `weight` is its jump at each of the edges `at`."""
+
+    at: Doubles
+    weight: Doubles
+
+    @staticmethod
+    def of(histogram: FloatHistogram) -> Density:
+        """Neighbouring buckets share an edge, so that each edge is looked at once."""
+        low, high, counts = histogram.spread()
+        # A bucket with no width is one value: its error is that of a short stretch around it.
+        shorter = np.maximum(np.maximum(np.abs(low), np.abs(high)) * 1e-6, 1e-300)
+        narrow = high - low < shorter
+        a, b = np.where(narrow, low - shorter, low), np.where(narrow, high + shorter, high)
+        density = counts / (b - a)
+        at, where = np.unique(np.concatenate([a, b]), return_inverse=True)
+        jumps = np.bincount(where, np.concatenate([-density, density]), at.size)
+        return Density(at, jumps.astype(np.float64))
+
+    def squared_errors(self, ranges: Doubles, spec: QuantSpec) -> Doubles:
+        """Sum of squared errors [m] on the grids of the ranges [m, 2]."""
+        scales, zero_points = numerics.range_grids(ranges, spec)
+        found = np.empty(len(ranges))
+        for index, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
+            t = self.at / scale
+            n = np.rint(t)
+            np.clip(n, spec.qtype.qmin - zero_point, spec.qtype.qmax - zero_point, out=n)
+            t -= n
+            area = t * t
+            area *= t
+            area /= 3
+            n /= 12
+            area += n
+            found[index] = np.dot(self.weight, area) * scale**3
+        return found
+
+
 def best_range(histogram: FloatHistogram, spec: QuantSpec) -> tuple[float, float]:
     """The (low, high) within [minimum, maximum] whose grid has the least squared error.
 
     Both ends shrink together first, then each alone (only the larger one matters for a symmetric grid), each search
     from coarse to fine.
     """
-    low, high, counts = histogram.spread()
-    edges = (low, high, counts)
     full = np.array([min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)])
     if full[0] == full[1]:
         return float(full[0]), float(full[1])
+    density = Density.of(histogram)
     best = np.ones(2)
-    turns = [np.array([1, 1])]
+    turns = [np.array([True, True])]
     if not spec.symmetric and full[0] < 0 < full[1]:
-        turns += [np.array([1, 0]), np.array([0, 1])] * 2
+        turns += [np.array([True, False]), np.array([False, True])] * 2
     for turn in turns:
-        best = _search(edges, full, best, turn, spec)
+        best = _search(density, full, best, turn, spec)
     return float(full[0] * best[0]), float(full[1] * best[1])
 
 
 def _search(
-    edges: tuple[Doubles, Doubles, Doubles],
-    full: Doubles,
-    start: Doubles,
-    turn: Doubles,
-    spec: QuantSpec,
+    density: Density, full: Doubles, start: Doubles, turn: npt.NDArray[np.bool_], spec: QuantSpec
 ) -> Doubles:
-    """The best shares of the full range when only the ends in `turn` move."""
-    floor = _LEAST if turn.all() else _LEAST / 16
-    shares = np.geomspace(floor, 1.0, _COARSE)
-    best, least = start, np.inf
+    """The best shares of the full range when only the ends in `turn` move; `start` itself is tried too."""
+    shares = np.geomspace(_LEAST if turn.all() else _LEAST / 16, 1.0, _COARSE)
+    best, least = start, float(density.squared_errors((start * full)[None], spec)[0])
     for _ in range(1 + _ROUNDS):
         tried = np.where(turn, shares[:, None], start)
-        error = squared_errors(edges, tried * full, spec)
+        error = density.squared_errors(tried * full, spec)
         index = int(np.argmin(error))
         if error[index] < least:
             best, least = tried[index], float(error[index])
-        around = shares[max(index - 1, 0)], shares[min(index + 1, shares.size - 1)]
-        shares = np.linspace(*around, _FINE)
-    if turn.all():
-        return best
-    # The ends that stood where they were are a candidate too.
-    stood = squared_errors(edges, (start * full)[None], spec)[0]
-    return start if stood <= least else best
-
-
-def squared_errors(
-    edges: tuple[Doubles, Doubles, Doubles], ranges: Doubles, spec: QuantSpec
-) -> Doubles:
-    """Sum of squared errors of each of the ranges [m, 2], on the grids that `numerics` makes of them."""
-    low, high, counts = edges
-    # A bucket with no width is one value: its error is that of a short stretch around it.
-    shorter = np.maximum(np.abs(low), np.abs(high)) * 1e-6
-    narrow = high - low < shorter
-    a, b = np.where(narrow, low - shorter, low), np.where(narrow, high + shorter, high)
-    density = np.divide(counts, b - a, out=np.zeros_like(counts), where=b > a)
-    # Neighbouring buckets share an edge, so each edge is looked at once, with the difference of both densities.
-    at, where = np.unique(np.concatenate([a, b]), return_inverse=True)
-    weight = np.bincount(where, np.concatenate([-density, density]), at.size)
-    found = np.empty(len(ranges))
-    for index, (first, last) in enumerate(ranges):
-        scale, zero_point = numerics.range_grid(float(first), float(last), spec)
-        n0, n1 = spec.qtype.qmin - zero_point, spec.qtype.qmax - zero_point
-        t = at / scale
-        n = np.rint(t)
-        np.clip(n, n0, n1, out=n)
-        t -= n
-        area = t * t
-        area *= t
-        area /= 3
-        n /= 12
-        area += n
-        found[index] = np.dot(weight, area) * scale**3
-    return found
+        shares = np.linspace(
+            shares[max(index - 1, 0)], shares[min(index + 1, shares.size - 1)], _FINE
+        )
+    return best

@@ -74,6 +74,13 @@ def _check_library() -> Iterator[Check]:
         yield Check("native library", False, problem.message, problem.hint)
         return
     yield Check("native library", True, f"{loaded.path}, interface {native.ABI_VERSION}")
+    from qgraph.observers import counting
+
+    is_native = counting.native_function() is not None
+    how = "in the native library" if is_native else "in numpy (the library is older), slower"
+    yield Check(
+        "calibration", is_native, f"counts {how}", "" if is_native else "pip install -U qgraph"
+    )
     others = ", ".join(name for name in loaded.isas if name != loaded.isa)
     yield Check("instruction set", True, f"{loaded.isa} (also: {others})" if others else loaded.isa)
     try:
