@@ -24,7 +24,8 @@ CARRIERS = frozenset(
         "Sub", "Transpose", "Unsqueeze", "Upsample",
     }
 )  # fmt: skip
-FLOATS = graph.FLOATS
+# Those that ONNX Runtime hands over as arrays.
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
 @register
@@ -45,7 +46,7 @@ class Observe(Pass):
         """Share of values that method "percentile" covers, in percent."""
         clip_sentinels: bool = False
         """Leave masked logits and infinities out of the range, instead of keeping such tensors float."""
-        max_memory: int = 512
+        max_memory: int = 32
         """MiB of activations alive at once; where that is too little the model runs several times."""
         cache: str = ""
         """Folder of earlier results, keyed by model, data and observers; "" keeps none."""
@@ -84,14 +85,15 @@ class Observe(Pass):
 def observed(model: ir.Model) -> list[str]:
     """Names of the float activations that may need a grid, in graph order."""
     names: dict[str, None] = {}
+    dtypes = calibrate.infer_types(model)
     for node in graph.nodes(model):
         if node.domain not in ("", "ai.onnx") or node.op_type not in WEIGHTED | CARRIERS:
             continue
         for v in (*node.inputs, *node.outputs):
-            if v is not None and v.name and _is_float_activation(v):
+            if v is not None and v.name and _is_activation(v) and dtypes.get(v.name) in FLOATS:
                 names[v.name] = None
     return list(names)
 
 
-def _is_float_activation(v: ir.Value) -> bool:
-    return not v.is_initializer() and graph.node_constant(v) is None and v.dtype in FLOATS
+def _is_activation(v: ir.Value) -> bool:
+    return not v.is_initializer() and graph.node_constant(v) is None

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from qgraph.calibrate.instrument import find
 from qgraph.calibrate.runs import run
+from qgraph.calibrate.types import infer as infer_types
 
-__all__ = ["find", "run"]
+__all__ = ["find", "infer_types", "run"]

@@ -14,11 +14,11 @@ from typing import Any
 import onnx_ir as ir
 
 from qgraph import errors, files, graph, runtime
-from qgraph.calibrate import instrument
+from qgraph.calibrate import instrument, types
 from qgraph.data import Dataset
 from qgraph.observers import Stats, TensorStats, Wanted
 
-MAX_MEMORY = 512 << 20
+MAX_MEMORY = 32 << 20
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 # Weights are mapped from the file; threads that spin between runs would take the observers' processor.
 _CONFIG = {"session.intra_op.allow_spinning": "0"}
@@ -89,6 +89,11 @@ class _Bench:
         self._folder = folder
         self._count = 0
         self._base = files.load(files.save(model, folder / "model.onnx", external_data=True))
+        known = types.infer(self._base)
+        for each in graph.graphs(self._base):
+            for v in (v for node in each for v in node.outputs):
+                if v.type is None and v.name in known:
+                    v.type = ir.TensorType(known[v.name])
 
     def digest(self) -> str:
         """SHA-256 of graph and weights."""
@@ -148,12 +153,22 @@ def _observe(
             axes = (new_axes.get(n, 0) for n in stats)
             held = (arrays[n] for n in stats)
             list(pool.map(TensorStats.update, stats.values(), held, axes))
+            del arrays, held  # or they would live on while the next sample runs
             yield count
+
+
+def _run_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    # Samples differ in shape: an arena that kept the largest of each would grow with their number.
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _run(session: Any, feeds: Any, dataset: Dataset, count: int) -> Sequence[Any]:
     try:
-        outputs: Sequence[Any] = session.run(None, feeds)
+        outputs: Sequence[Any] = session.run(None, feeds, _run_options())
     except Exception as e:
         raise errors.RuntimeFailure(
             errors.Diagnostic(

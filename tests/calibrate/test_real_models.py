@@ -37,6 +37,7 @@ def test_silero_bodies(tmp_path: Path) -> None:
         str(v.name) for n in lstm for v in (n.inputs[0], *n.outputs) if v is not None and v.name
     ]
     assert len(lstm) == 2, "one in each branch of an If"
+    assert set(names) <= set(observed(model))
     dataset = data.load(feeds, data.inputs_of(model))
     wanted = dict.fromkeys([*names, *observed(model)], Wanted())
     found = calibrate.run(model, dataset, wanted, threads=1)
