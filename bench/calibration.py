@@ -1,11 +1,11 @@
 """Calibration: time and memory of qgraph and of ONNX Runtime's calibrators, on the same tensors and samples.
 
-    python bench/calibration.py [--models minilm,mobilenetv2] [--samples 512,256] [--rounds 1] [--json FILE]
+    python bench/calibration.py [--models minilm,mobilenetv2] [--samples N] [--at-once N] [--rounds 1] [--json FILE]
 
 Each run is a process of its own. Methods run by turns, ratios are of medians. `plain` runs the float model on the
 samples and drops its outputs: peak memory is told as a multiple of its peak. `/8` is qgraph on an eighth of the
 samples: what it needs less is what memory grows with data. The peer keeps the outputs of all samples of one
-collect_data call, so it gets 16 at a time, where that works (sentences of different lengths: one at a time).
+collect_data call, so it gets 16 at a time; one at a time where they differ in shape, for it cannot stack those.
 Models and data lie below QGRAPH_TEST_DATA.
 """
 
@@ -112,7 +112,7 @@ def by_qgraph(name: str, path: str, count: int, method: str) -> None:
     print(len([choose(stats[tensor], spec, method) for tensor in stats]))
 
 
-def by_ort(name: str, path: str, count: int, method: str) -> None:
+def by_ort(name: str, path: str, count: int, method: str, at_once: int) -> None:
     """The peer's calibrator."""
     from onnxruntime.quantization import calibrate as peer
 
@@ -127,7 +127,7 @@ def by_ort(name: str, path: str, count: int, method: str) -> None:
             path, sorted(WEIGHTED | CARRIERS), str(Path(folder) / "augmented.onnx"), kind[method]
         )
         source = feeds(name, count)
-        while batch := [each for _, each in zip(range(AT_ONCE[name]), source, strict=False)]:
+        while batch := [each for _, each in zip(range(at_once), source, strict=False)]:
             calibrator.collect_data(_Reader(batch))
         print(len(calibrator.compute_data().data))
 
@@ -141,7 +141,7 @@ class _Reader:
         return next(self._left, None)
 
 
-def one(method: str, name: str, path: str, count: int) -> None:
+def one(method: str, name: str, path: str, count: int, at_once: int) -> None:
     """What a child process does."""
     who, *how = method.split()
     if who == "plain":
@@ -149,7 +149,7 @@ def one(method: str, name: str, path: str, count: int) -> None:
     elif who == "qgraph":
         by_qgraph(name, path, count // 8 if "/8" in how else count, how[0])
     else:
-        by_ort(name, path, count, how[0])
+        by_ort(name, path, count, how[0], at_once)
 
 
 def prepare(name: str, folder: str) -> str:
@@ -170,21 +170,24 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="default: 512 sentences, 256 images")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json")
-    parser.add_argument("--one", nargs=4)
+    parser.add_argument("--at-once", type=int, help="samples that the peer gets at a time")
+    parser.add_argument("--one", nargs=5)
     options = parser.parse_args()
     if options.one:
-        method, name, path, count = options.one
-        one(method, name, path, int(count))
+        method, name, path, count, at_once = options.one
+        one(method, name, path, int(count), int(at_once))
         return
     result: dict[str, Any] = {}
     for name in options.models.split(","):
         count = options.samples or SAMPLES[name]
+        at_once = options.at_once or AT_ONCE[name]
         costs: dict[str, list[measure.Cost]] = {m: [] for m in options.methods.split(",")}
         with tempfile.TemporaryDirectory() as folder:
             path = prepare(name, folder)
             for _ in range(options.rounds):
                 for method, found in costs.items():
-                    command = [sys.executable, __file__, "--one", method, name, path, str(count)]
+                    command = [sys.executable, __file__, "--one", method, name, path]
+                    command += [str(count), str(at_once)]
                     found.append(measure.run(command))
         result[name] = table(name, count, costs)
     if options.json:
