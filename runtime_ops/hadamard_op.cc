@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu.h"
+#include "half_tensors.h"
 #include "ort_op.h"
 
 namespace qgraph {
@@ -37,11 +38,14 @@ class Hadamard {
                                   ", expected a last dimension that " + std::to_string(block_) +
                                   " divides");
     }
-    auto* y = static_cast<float*>(run.output(x.dims));
+    const Output y(run, x.dims, x.type);
+    if (x.size() == 0) return;
+    RuntimeThreads threads(run);
+    const Floats floats(run, x, threads);
     Work work{};
     work.kernel = kernels_for(best_isa())->hadamard;
-    work.all = {static_cast<const float*>(x.data),
-                y,
+    work.all = {floats.get(),
+                y.get(),
                 static_cast<const float*>(factor.data),
                 factor.dims[0],
                 block_,
@@ -52,9 +56,10 @@ class Hadamard {
     const int64_t tasks = (work.blocks + work.per_task - 1) / work.per_task;
     if (tasks == 1) {
       Work::task(&work, 0);
-    } else if (tasks > 1) {
-      RuntimeThreads(run).run(Work::task, static_cast<size_t>(tasks), &work);
+    } else {
+      threads.run(Work::task, static_cast<size_t>(tasks), &work);
     }
+    y.finish(threads);
   }
 
  private:
@@ -92,8 +97,9 @@ class Hadamard {
 
 std::vector<const ort::OrtCustomOp*> hadamard_ops(const ort::OrtApi* api) {
   static Op<Hadamard> op;
-  Op<Hadamard>::shape_api = api;
-  return {&op};
+  static Op<Hadamard, ort::kFloat16> half;
+  op.shape_api = half.shape_api = api;
+  return {&op, &half};
 }
 
 }  // namespace qgraph

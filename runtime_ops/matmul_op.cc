@@ -1,24 +1,14 @@
 // ai.qgraph::MatMulInt4 and ai.qgraph::MatMulTernary: what ONNX Runtime calls.
-#include <memory>
 #include <utility>
 
 #include "cpu.h"
-#include "ort_op.h"
-#include "packed_memory.h"
+#include "half_tensors.h"
+#include "packed_node.h"
 
 namespace qgraph {
 namespace {
 
-// A weight tensor: a constant looked at once, or read anew at each run.
-struct Held {
-  bool is_constant = false;
-  Tensor tensor{};
-  std::shared_ptr<const void> copy;  // where the constant is large
-
-  const void* data() const { return copy ? copy.get() : tensor.data; }
-};
-
-class MatMulNode {
+class MatMulNode : public PackedNode {
  public:
   static void infer(const ort::OrtApi& api, ort::OrtShapeInferContext* context) {
     infer_last_dimension(api, context, "N");
@@ -26,40 +16,13 @@ class MatMulNode {
 
  protected:
   MatMulNode(const NodeInfo& info, Format format, size_t inputs)
-      : where_(info.where()), plan_(make_plan(info, format)), held_(inputs) {
+      : PackedNode(info,
+                   make_plan(info, {format, info.attribute("N"), info.attribute("K"),
+                                    format == Format::kInt4 ? info.attribute("block_size") : 0,
+                                    info.attribute("activation_bits"),
+                                    info.attribute("activation_block")}),
+                   inputs) {
     kernels_ = kernels_for(best_isa());
-    for (size_t i = 1; i < inputs; ++i) {
-      Held& held = held_[i];
-      held.is_constant = info.constant(i, &held.tensor);
-    }
-  }
-
-  // After the shapes have been checked.
-  void keep(size_t index) {
-    Held& held = held_[index];
-    if (held.is_constant) {
-      held.copy = huge_copy(held.tensor.data, static_cast<size_t>(held.tensor.nbytes()));
-    }
-  }
-
-  Held get(const Run& run, size_t index) const {
-    if (held_[index].is_constant) return held_[index];
-    Held held;
-    held.tensor = run.input(index);
-    return held;
-  }
-
-  void require(bool holds, const std::string& text) const {
-    if (!holds) throw std::invalid_argument(where_ + ": " + text);
-  }
-
-  void require_dims(const Tensor& t, const char* name, ort::OrtElementType type,
-                    const Dims& expected) const {
-    require(t.type == type, std::string(name) + " has element type " + std::to_string(t.type) +
-                                ", expected " + std::to_string(type));
-    require(t.dims == expected, std::string(name) + " is " + to_text(t.dims) + ", expected " +
-                                    to_text(expected) + " for N=" + std::to_string(plan_.spec.n) +
-                                    ", K=" + std::to_string(plan_.spec.k));
   }
 
   // [N], or [1] with a single value for all.
@@ -85,35 +48,19 @@ class MatMulNode {
                 "]");
     Dims dims = x.dims;
     dims.back() = plan_.spec.n;
-    auto* y = static_cast<float*>(run.output(dims));
+    const Output y(run, dims, x.type);
     const int64_t m = x.size() / plan_.spec.k;
     if (m == 0) return;
     std::vector<float> spread;
-    const ScratchMemory scratch(run, plan_.scratch_bytes(*kernels_, m));
     RuntimeThreads threads(run);
-    run_matmul(*kernels_, plan_, weights, static_cast<const float*>(x.data), m,
-               bias_of(bias, &spread), y, scratch.get(), threads);
+    const Floats floats(run, x, threads);
+    const ScratchMemory scratch(run, plan_.scratch_bytes(*kernels_, m));
+    run_matmul(*kernels_, plan_, weights, floats.get(), m, bias_of(bias, &spread), y.get(),
+               scratch.get(), threads);
+    y.finish(threads);
   }
 
-  std::string where_;
-  MatMulPlan plan_;
   const Kernels* kernels_;
-  std::vector<Held> held_;
-
- private:
-  static MatMulPlan make_plan(const NodeInfo& info, Format format) {
-    const bool is_int4 = format == Format::kInt4;
-    try {
-      return MatMulPlan({format, info.attribute("N"), info.attribute("K"),
-                         is_int4 ? info.attribute("block_size") : 0,
-                         info.attribute("activation_bits"), info.attribute("activation_block")});
-    } catch (const std::invalid_argument& e) {
-      const std::string text = e.what();
-      // A missing attribute has named the node already.
-      if (text.rfind(info.where(), 0) == 0) throw;
-      throw std::invalid_argument(info.where() + ": " + text);
-    }
-  }
 };
 
 class MatMulInt4 : public MatMulNode {
@@ -153,24 +100,8 @@ class MatMulInt4 : public MatMulNode {
   }
 
  private:
-  // One zero point for all, whatever the size of the weight.
-  bool is_single(const Tensor& t) const {
-    return t.dims == Dims{1, 1, 1} && Dims{1, 1, 1} != per_group();
-  }
-
-  Dims per_group() const { return {plan_.tiles, plan_.groups, kTileRows}; }
-
   void check_input(size_t index, const Tensor& t) const {
-    switch (index) {
-      case 1: return require_dims(t, "codes", ort::kUint8, {plan_.tiles, plan_.steps, kTileBytes});
-      case 2:
-        return require_dims(t, "scales", t.type == ort::kFloat16 ? ort::kFloat16 : ort::kFloat,
-                            per_group());
-      case 3:
-        if (!is_single(t)) require_dims(t, "zero_points", ort::kUint8, per_group());
-        return;
-      default: return require_row(t, "bias");
-    }
+    index < 4 ? check_int4(index, t) : require_row(t, "bias");
   }
 };
 
@@ -229,9 +160,11 @@ class MatMulTernary : public MatMulNode {
 
 std::vector<const ort::OrtCustomOp*> matmul_ops(const ort::OrtApi* api) {
   static Op<MatMulInt4> int4;
+  static Op<MatMulInt4, ort::kFloat16> int4_half;
   static Op<MatMulTernary> ternary;
-  Op<MatMulInt4>::shape_api = Op<MatMulTernary>::shape_api = api;
-  return {&int4, &ternary};
+  static Op<MatMulTernary, ort::kFloat16> ternary_half;
+  int4.shape_api = int4_half.shape_api = ternary.shape_api = ternary_half.shape_api = api;
+  return {&int4, &int4_half, &ternary, &ternary_half};
 }
 
 }  // namespace qgraph

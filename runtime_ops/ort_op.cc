@@ -156,14 +156,19 @@ void RuntimeThreads::run(void (*task)(void*, size_t), size_t count, void* contex
         run_.api().KernelContext_ParallelFor()(run_.context(), task, count, 0, context));
 }
 
-void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
-                          const char* name) {
+namespace {
+
+// The first input's shape; its last `replaced` dimensions become one, from attribute `name`.
+void infer_with_attribute(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
+                          const char* name, size_t replaced, bool keeps_type) {
   // Owned by the context.
   ort::OrtTensorTypeAndShapeInfo* input = nullptr;
   check(api, api.ShapeInferContext_GetInputTypeShape()(context, 0, &input));
   size_t rank = 0;
   check(api, api.GetDimensionsCount()(input, &rank));
-  if (rank == 0) return;
+  if (rank == 0) return;  // a scalar, or unknown
+  ort::OrtElementType type = ort::kFloat;
+  if (keeps_type) check(api, api.GetTensorElementType()(input, &type));
   const ort::OrtOpAttr* attribute = nullptr;
   check(api, api.ShapeInferContext_GetAttribute()(context, name, &attribute));
   int64_t last = 0;
@@ -173,19 +178,33 @@ void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* con
   std::vector<const char*> symbols(rank);
   check(api, api.GetDimensions()(input, dims.data(), rank));
   check(api, api.GetSymbolicDimensions()(input, symbols.data(), rank));
+  dims.resize(rank - replaced + 1);
+  symbols.resize(rank - replaced + 1);
   dims.back() = last;
   symbols.back() = "";
-  for (size_t i = 0; i + 1 < rank; ++i) {
+  for (size_t i = 0; i + 1 < dims.size(); ++i) {
     // The runtime would take -1 for a size. An unknown dimension without a name cannot be said.
     if (dims[i] < 0 && (symbols[i] == nullptr || *symbols[i] == '\0')) return;
   }
   ort::OrtTensorTypeAndShapeInfo* made = nullptr;
   check(api, api.CreateTensorTypeAndShapeInfo()(&made));
   const TypeAndShape output(api, made);
-  check(api, api.SetTensorElementType()(made, ort::kFloat));
-  check(api, api.SetDimensions()(made, dims.data(), rank));
-  check(api, api.SetSymbolicDimensions()(made, symbols.data(), rank));
+  check(api, api.SetTensorElementType()(made, type));
+  check(api, api.SetDimensions()(made, dims.data(), dims.size()));
+  check(api, api.SetSymbolicDimensions()(made, symbols.data(), symbols.size()));
   check(api, api.ShapeInferContext_SetOutputTypeShape()(context, 0, made));
+}
+
+}  // namespace
+
+void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
+                          const char* name) {
+  infer_with_attribute(api, context, name, 1, true);
+}
+
+void infer_more_dimensions(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
+                           const char* name) {
+  infer_with_attribute(api, context, name, 0, false);
 }
 
 void infer_same_shape(const ort::OrtApi& api, ort::OrtShapeInferContext* context) {

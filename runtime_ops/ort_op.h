@@ -88,16 +88,22 @@ class RuntimeThreads : public Executor {
   const Run& run_;
 };
 
-// The output is the first input's shape with the last dimension from attribute `name`.
+// The output is of the first input's type and shape, with the last dimension from attribute `name`.
 void infer_last_dimension(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
                           const char* name);
+
+// The output is float, of the first input's shape and a last dimension from attribute `name`.
+void infer_more_dimensions(const ort::OrtApi& api, ort::OrtShapeInferContext* context,
+                           const char* name);
 
 // The output is as the first input.
 void infer_same_shape(const ort::OrtApi& api, ort::OrtShapeInferContext* context);
 
 // The callbacks of an operator. Node: Node(const NodeInfo&), void run(const Run&) const, and
-// static kName, kInputs (element types; kUndefined takes any) and infer(api, context).
-template <typename Node>
+// static kName, kInputs (element types; kUndefined takes any) and infer(api, context). The output
+// is of type `kType`; so is the first input where kInputs says float. The runtime chooses among the
+// operators of one name by these types.
+template <typename Node, ort::OrtElementType kType = ort::kFloat>
 struct Op : ort::OrtCustomOp {
   // A kernel keeps the table of the runtime that made it.
   struct Kernel {
@@ -112,11 +118,13 @@ struct Op : ort::OrtCustomOp {
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* {
       return "CPUExecutionProvider";
     };
-    GetInputType = [](const OrtCustomOp*, size_t i) { return Node::kInputs[i]; };
+    GetInputType = [](const OrtCustomOp*, size_t i) {
+      return i == 0 && Node::kInputs[0] == ort::kFloat ? kType : Node::kInputs[i];
+    };
     GetInputTypeCount = [](const OrtCustomOp*) {
       return sizeof(Node::kInputs) / sizeof(Node::kInputs[0]);
     };
-    GetOutputType = [](const OrtCustomOp*, size_t) { return ort::kFloat; };
+    GetOutputType = [](const OrtCustomOp*, size_t) { return kType; };
     GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
     KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
@@ -168,6 +176,7 @@ struct Op : ort::OrtCustomOp {
 
 // The operators of this library, ready for a runtime's table.
 std::vector<const ort::OrtCustomOp*> matmul_ops(const ort::OrtApi* api);
+std::vector<const ort::OrtCustomOp*> gather_ops(const ort::OrtApi* api);
 std::vector<const ort::OrtCustomOp*> hadamard_ops(const ort::OrtApi* api);
 
 }  // namespace qgraph

@@ -89,17 +89,32 @@ std::shared_ptr<const void> make_copy(const void* data, size_t nbytes) {
                                      [region](const void*) { munmap(region.base, region.nbytes); });
 }
 
+// Every copy that somebody holds, by what it was copied from.
+struct Copies {
+  std::mutex mutex;
+  std::map<std::pair<const void*, size_t>, std::weak_ptr<const void>> held;
+};
+
+Copies& copies() {
+  static Copies all;
+  return all;
+}
+
 }  // namespace
 
 std::shared_ptr<const void> huge_copy(const void* data, size_t nbytes) {
   if (nbytes < kSmall || wants_mapping()) return nullptr;
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, size_t>, std::weak_ptr<const void>> copies;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::weak_ptr<const void>& known = copies[{data, nbytes}];
+  const std::lock_guard<std::mutex> lock(copies().mutex);
+  std::weak_ptr<const void>& known = copies().held[{data, nbytes}];
   std::shared_ptr<const void> found = known.lock();
   if (found == nullptr) known = found = make_copy(data, nbytes);
   return found;
+}
+
+std::shared_ptr<const void> known_copy(const void* data, size_t nbytes) {
+  const std::lock_guard<std::mutex> lock(copies().mutex);
+  const auto at = copies().held.find({data, nbytes});
+  return at == copies().held.end() ? nullptr : at->second.lock();
 }
 
 }  // namespace qgraph
@@ -109,6 +124,7 @@ std::shared_ptr<const void> huge_copy(const void* data, size_t nbytes) {
 namespace qgraph {
 
 std::shared_ptr<const void> huge_copy(const void*, size_t) { return nullptr; }
+std::shared_ptr<const void> known_copy(const void*, size_t) { return nullptr; }
 
 }  // namespace qgraph
 

@@ -16,4 +16,7 @@ namespace qgraph {
 // system gives no memory: then read the range itself.
 std::shared_ptr<const void> huge_copy(const void* data, size_t nbytes);
 
+// The copy of that range that somebody holds, or null.
+std::shared_ptr<const void> known_copy(const void* data, size_t nbytes);
+
 }  // namespace qgraph

@@ -18,6 +18,7 @@ ort::OrtCustomOpDomain* create_domain(const ort::OrtApi& api) {
   ort::OrtCustomOpDomain* domain = nullptr;
   check(api, api.CreateCustomOpDomain()(kDomain, &domain));
   std::vector<const ort::OrtCustomOp*> ops = matmul_ops(&api);
+  for (const ort::OrtCustomOp* op : gather_ops(&api)) ops.push_back(op);
   for (const ort::OrtCustomOp* op : hadamard_ops(&api)) ops.push_back(op);
   for (const ort::OrtCustomOp* op : ops) check(api, api.CustomOpDomain_Add()(domain, op));
   return domain;

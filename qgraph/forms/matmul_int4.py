@@ -6,6 +6,7 @@ accuracy_level 4 does; `activation_bits` 0 keeps them float.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from qgraph.forms.matmul_packed import MatMulPacked
 from qgraph.ops import layout
-from qgraph.spec import QTensor
+from qgraph.spec import QTensor, QuantSpec
 from qgraph.target import Request, Writer
 from qgraph.weights import Weight
 
@@ -33,48 +34,65 @@ class MatMulInt4(MatMulPacked):
 
     def refuses(self, request: Request) -> str:
         """4 bits, in groups of 16 to 256 or per channel."""
-        spec = request.spec
-        if spec.qtype.bits != 4:
-            return f"takes 4 bits, not {spec.qtype.bits}"
-        if spec.is_per_tensor:
-            return "has no per-tensor scale; use .ch or a group"
-        if spec.group and spec.group not in layout.GROUPS:
-            groups = ", ".join(map(str, layout.GROUPS))
-            return f"takes groups of {groups}, not {spec.group}"
-        return super().refuses(request)
+        return refuses_spec(request.spec) or super().refuses(request)
+
+    def layout(self, request: Request) -> Hashable:
+        """That of GatherInt4: a table that is also the head is stored once."""
+        return tiles(request)
 
     def stored(
         self, writer: Writer, weight: Weight, q: QTensor
     ) -> tuple[list[ir.Value], dict[str, Any]]:
         """Codes, scales and zero points."""
-        q = q.stored_as(signed=False)
         group = q.spec.group
-        key = (weight.name, "int4")
-        points = q.zero_point
-
-        def scales() -> np.ndarray[Any, Any]:
-            half = q.scale.astype(np.float16)
-            is_exact = bool((half.astype(np.float32) == q.scale).all())
-            return layout.tile_groups(half if is_exact else q.scale, 0)
-
-        def zero_points() -> np.ndarray[Any, Any]:
-            if points is None:
-                return np.full((1, 1, 1), layout.INT4_MIDDLE, np.uint8)
-            return layout.tile_groups(points.astype(np.uint8), layout.INT4_MIDDLE)
-
-        none = ("no zero points",)
-        constants = [
-            writer.constant(
-                (*key, "codes"), f"{weight.name}.codes", lambda: layout.pack_int4(q.codes, group)
-            ),
-            writer.constant((*key, "scales"), f"{weight.name}.scale", scales),
-            writer.constant(
-                none if points is None else (*key, "zero_points"),
-                "no_zero_points" if points is None else f"{weight.name}.zero_point",
-                zero_points,
-            ),
-        ]
         block = group or _WHOLE_ROW_BLOCK
         bits = self.activation_bits
         attributes = {"activation_bits": bits, "activation_block": block if bits == 8 else 0}
-        return constants, {"block_size": group, **attributes}
+        return packed_constants(writer, weight, q), {"block_size": group, **attributes}
+
+
+def refuses_spec(spec: QuantSpec) -> str:
+    """Why the layout cannot hold such codes, or "" where it can."""
+    if spec.qtype.bits != 4:
+        return f"takes 4 bits, not {spec.qtype.bits}"
+    if spec.is_per_tensor:
+        return "has no per-tensor scale; use .ch or a group"
+    if spec.group and spec.group not in layout.GROUPS:
+        groups = ", ".join(map(str, layout.GROUPS))
+        return f"takes groups of {groups}, not {spec.group}"
+    return ""
+
+
+def tiles(request: Request) -> Hashable:
+    """The layout of `packed_constants`."""
+    return ("int4 tiles", request.use.matrix)
+
+
+def packed_constants(writer: Writer, weight: Weight, q: QTensor) -> list[ir.Value]:
+    """Codes, scales and zero points as qgraph.ops.layout says; shared by all uses of the weight."""
+    q = q.stored_as(signed=False)
+    group = q.spec.group
+    key = (weight.name, "int4")
+    points = q.zero_point
+
+    def scales() -> np.ndarray[Any, Any]:
+        half = q.scale.astype(np.float16)
+        is_exact = bool((half.astype(np.float32) == q.scale).all())
+        return layout.tile_groups(half if is_exact else q.scale, 0)
+
+    def zero_points() -> np.ndarray[Any, Any]:
+        if points is None:
+            return np.full((1, 1, 1), layout.INT4_MIDDLE, np.uint8)
+        return layout.tile_groups(points.astype(np.uint8), layout.INT4_MIDDLE)
+
+    return [
+        writer.constant(
+            (*key, "codes"), f"{weight.name}.codes", lambda: layout.pack_int4(q.codes, group)
+        ),
+        writer.constant((*key, "scales"), f"{weight.name}.scale", scales),
+        writer.constant(
+            ("no zero points",) if points is None else (*key, "zero_points"),
+            "no_zero_points" if points is None else f"{weight.name}.zero_point",
+            zero_points,
+        ),
+    ]

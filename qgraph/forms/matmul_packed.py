@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,12 +32,10 @@ class MatMulPacked(Form):
         use = request.use
         if request.activation is not None:
             return "its kernel quantizes activations by itself; ask for float activations"
-        if request.dtype != ir.DataType.FLOAT:
-            return f"takes float32 activations, not {request.dtype.name}"
+        if request.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            return f"takes float32 or float16 activations, not {request.dtype.name}"
         if len(request.dims) != 2:
             return f"takes a 2-D weight, this one is {len(request.dims)}-D"
-        if request.tied:
-            return "the weight is also used in another way, which would store it twice"
         n, k = use.matrix.shape(request.dims)
         if n < MIN_N or n * k < MIN_ELEMENTS:
             return f"a weight of {n} x {k} is too small to gain anything"
@@ -52,6 +50,10 @@ class MatMulPacked(Form):
     def opset(self, request: Request) -> int:
         """The operator's body is written for this opset."""
         return bodies.MIN_OPSET
+
+    def layout(self, request: Request) -> Hashable:
+        """Tiles of one operator, of the weight as this use sees it."""
+        return (self.name, request.use.matrix)
 
     @abstractmethod
     def stored(
@@ -75,13 +77,20 @@ class MatMulPacked(Form):
             return graph.replace_node(
                 node, self.op, inputs, domain=bodies.DOMAIN, attributes=attributes
             )
-        product = graph.value(writer.names(f"{node.outputs[0].name}.product"), ir.DataType.FLOAT)
+        product = graph.value(writer.names(f"{node.outputs[0].name}.product"), float_type(use))
         name = writer.names(f"{node.name or node.outputs[0].name}.{self.op}")
         made = graph.add_node(
             node, self.op, inputs, [product], name=name, domain=bodies.DOMAIN, attributes=attributes
         )
         graph.replace_node(node, "Add", [product, rest])
         return made
+
+
+def float_type(use: Use) -> ir.DataType:
+    """The type of the weight as its operator reads it, which is that of the operator's result."""
+    read = use.node.inputs[use.index]
+    assert read is not None
+    return read.dtype or use.node.outputs[0].dtype or ir.DataType.FLOAT
 
 
 def _bias(writer: Writer, use: Use, n: int) -> tuple[ir.Value, ir.Value | None]:
@@ -103,9 +112,10 @@ def _bias(writer: Writer, use: Use, n: int) -> tuple[ir.Value, ir.Value | None]:
             return writer.constant(key, f"{given.name}.row", lambda: row), None
     if beta == 1.0:
         return zero(), given
+    dtype = float_type(use)
     factor = writer.constant(
-        ("scalar", beta, "float32"), "beta", lambda: np.asarray(beta, np.float32)
+        ("scalar", beta, dtype), "beta", lambda: np.asarray(beta, dtype.numpy())
     )
-    scaled = graph.value(writer.names(f"{given.name}.scaled"), ir.DataType.FLOAT)
+    scaled = graph.value(writer.names(f"{given.name}.scaled"), dtype)
     graph.add_node(node, "Mul", [given, factor], [scaled], name=writer.names(f"{given.name}.Mul"))
     return zero(), scaled

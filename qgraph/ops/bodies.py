@@ -8,6 +8,8 @@ Activations are rounded in blocks of `activation_block` along K (0 is the whole 
 
     s = max|x| / L,  x ≈ s * round(x * (L / max|x|))      L = 127 for 8 bits, 7 for 4 bits; 0 bits keeps x
 
+Activations and results are float32 or float16, computed in float32 and rounded once; GatherInt4 gives float32.
+
 No input is optional: runtimes up to 1.23 crash on absent inputs, and a body cannot ask for them. A bias of [1] with 0
 and zero points of [1, 1, 1] with 8 stand for none.
 """
@@ -26,6 +28,7 @@ MIN_OPSET = 18
 
 # x → its dynamically rounded value. Blocks below 2^-100 count as zero, so that 1 / max stays finite.
 _ROUNDED = """
+    X32 = Cast <to: int = 1> (X)
     k = Constant <value_int: int = @K> ()
     bits = Constant <value_int: int = @activation_bits> ()
     asked = Constant <value_int: int = @activation_block> ()
@@ -47,7 +50,7 @@ _ROUNDED = """
     rank = Size (x_shape)
     last_axis = Sub (rank, one)
     last_axis_1d = Unsqueeze (last_axis, at_0)
-    x_padded = Pad (X, pads, float_zero, last_axis_1d)
+    x_padded = Pad (X32, pads, float_zero, last_axis_1d)
     lead = Shape <end: int = -1> (X)
     k_1d = Unsqueeze (k, at_0)
     blocks_1d = Unsqueeze (blocks, at_0)
@@ -75,7 +78,7 @@ _ROUNDED = """
     x_joined = Reshape <allowzero: int = 1> (x_values, joined_shape)
     x_rounded = Slice (x_joined, at_0, k_1d, last)
     is_rounded = Greater (bits, zero)
-    x = Where (is_rounded, x_rounded, X)
+    x = Where (is_rounded, x_rounded, X32)
 """
 
 # [tiles * 16, columns] → W [N, K].
@@ -152,7 +155,8 @@ _HADAMARD = """
     width = Shape <start: int = -1> (X)
     blocks = Div (width, block)
     split_shape = Concat <axis: int = 0> (lead, blocks, size, order)
-    x = Reshape <allowzero: int = 1> (X, split_shape)
+    X32 = Cast <to: int = 1> (X)
+    x = Reshape <allowzero: int = 1> (X32, split_shape)
     zero = Constant <value_int: int = 0> ()
     one = Constant <value_int: int = 1> ()
     order_scalar = Squeeze (order)
@@ -188,7 +192,60 @@ _HADAMARD = """
     block_float = Cast <to: int = 1> (block)
     norm = Sqrt (block_float)
     scaled = Div (mixed, norm)
-    Y = Reshape <allowzero: int = 1> (scaled, given_shape)
+    Y32 = Reshape <allowzero: int = 1> (scaled, given_shape)
+    Y = CastLike (Y32, X)
+"""
+
+# Rows are picked before they are unpacked. One zero point may stand for all.
+_GATHER = """
+    n_given = Constant <value_int: int = @N> ()
+    k_given = Constant <value_int: int = @K> ()
+    at_0 = Constant <value_ints: ints = [0]> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    n_1d = Unsqueeze (n_given, at_0)
+    k_1d = Unsqueeze (k_given, at_0)
+    four = Constant <value_ints: ints = [4]> ()
+    steps = Shape <start: int = 1, end: int = 2> (codes)
+    groups = Shape <start: int = 1, end: int = 2> (scales)
+    lane_shape = Constant <value_ints: ints = [0, 0, 16, 4]> ()
+    lanes = Reshape (codes, lane_shape)
+    by_row = Transpose <perm: ints = [0, 2, 1, 3]> (lanes)
+    code_shape = Concat <axis: int = 0> (last, steps, four)
+    code_rows_padded = Reshape (by_row, code_shape)
+    code_rows = Slice (code_rows_padded, at_0, n_1d, at_0)
+    value_shape = Concat <axis: int = 0> (last, groups)
+    scales_by_row = Transpose <perm: ints = [0, 2, 1]> (scales)
+    scale_rows_padded = Reshape (scales_by_row, value_shape)
+    scale_rows = Slice (scale_rows_padded, at_0, n_1d, at_0)
+    scales_shape = Shape (scales)
+    points_spread = Expand (zero_points, scales_shape)
+    points_by_row = Transpose <perm: ints = [0, 2, 1]> (points_spread)
+    point_rows_padded = Reshape (points_by_row, value_shape)
+    point_rows = Slice (point_rows_padded, at_0, n_1d, at_0)
+    picked = Gather <axis: int = 0> (code_rows, indices)
+    picked_scales = Gather <axis: int = 0> (scale_rows, indices)
+    picked_points = Gather <axis: int = 0> (point_rows, indices)
+    nibble = Constant <value: tensor = uint8 {15}> ()
+    shift = Constant <value: tensor = uint8 {4}> ()
+    low = BitwiseAnd (picked, nibble)
+    high = BitShift <direction: string = "RIGHT"> (picked, shift)
+    halves = Concat <axis: int = -1> (low, high)
+    lead = Shape (indices)
+    eight = Constant <value_ints: ints = [8]> ()
+    columns = Mul (steps, eight)
+    width = Div (columns, groups)
+    grouped_shape = Concat <axis: int = 0> (lead, groups, width)
+    grouped = Reshape <allowzero: int = 1> (halves, grouped_shape)
+    q = Cast <to: int = 1> (grouped)
+    scales_float = Cast <to: int = 1> (picked_scales)
+    s = Unsqueeze (scales_float, last)
+    points_float = Cast <to: int = 1> (picked_points)
+    z = Unsqueeze (points_float, last)
+    centred = Sub (q, z)
+    dequantized = Mul (centred, s)
+    padded_shape = Concat <axis: int = 0> (lead, columns)
+    padded = Reshape <allowzero: int = 1> (dequantized, padded_shape)
+    Y = Slice (padded, at_0, k_1d, last)
 """
 
 _BODIES = {
@@ -199,7 +256,7 @@ _BODIES = {
         + _INT4_WEIGHTS
         + _CUT
         + _PRODUCT
-        + "Y = Add (product, bias)",
+        + "Y32 = Add (product, bias)\nY = CastLike (Y32, X)",
     ),
     "MatMulTernary": (
         "<K, N, activation_bits, activation_block> (X, codes, scale, bias) => (Y)",
@@ -208,7 +265,11 @@ _BODIES = {
         + _TERNARY_WEIGHTS
         + _CUT
         + _PRODUCT
-        + "scaled_product = Mul (product, scale)\nY = Add (scaled_product, bias)",
+        + "scaled_product = Mul (product, scale)\nY32 = Add (scaled_product, bias)\nY = CastLike (Y32, X)",
+    ),
+    "GatherInt4": (
+        "<K, N, block_size> (indices, codes, scales, zero_points) => (Y)",
+        _GATHER,
     ),
     "Hadamard": ("<block_size> (X, factor) => (Y)", _HADAMARD),
 }

@@ -1,12 +1,13 @@
 """Target `ort-qgraph`: ONNX Runtime 1.23 or newer on CPU with qgraph's native operators.
 
-4-bit and ternary products become ai.qgraph operators; everything else is written as for target `ort`. A file for this
-target also runs without the native library, through the function bodies that it carries: slower, and with float weights
-in memory.
+4-bit and ternary products and 4-bit tables become ai.qgraph operators; everything else is written as for target `ort`.
+A file for this target also runs without the native library, through the function bodies that it carries: slower, and
+with float weights in memory.
 """
 
 from __future__ import annotations
 
+from qgraph.forms.gather_int4 import GatherInt4
 from qgraph.forms.matmul_int4 import MatMulInt4
 from qgraph.forms.matmul_ternary import MatMulTernary
 from qgraph.registry import register
@@ -23,6 +24,7 @@ ORT_QGRAPH = register(
             **ORT.forms,
             "matmul": (*_NATIVE, *ORT.forms["matmul"]),
             "gemm": (*_NATIVE, *ORT.forms["gemm"]),
+            "gather": (GatherInt4(tied=True), *ORT.forms["gather"], GatherInt4(tied=False)),
         },
         max_opset=ORT.max_opset,
         auto=ORT.auto,

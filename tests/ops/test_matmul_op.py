@@ -1,6 +1,5 @@
 """The matrix operators inside ONNX Runtime: the native kernel, the body that the model carries, errors, memory."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,6 @@ import pytest
 
 from qgraph import errors, runtime
 from qgraph.ops import bodies, layout
-from qgraph.runtime import library
-
-OLD_PYTHON = os.environ.get("QGRAPH_OLD_ORT_PYTHON")
 
 
 def constant(name, array):
@@ -211,31 +207,11 @@ def test_an_input_of_the_wrong_width_is_an_error():
     assert y.shape == (2, 1, 48)
 
 
-@pytest.mark.skipif(OLD_PYTHON is None, reason="QGRAPH_OLD_ORT_PYTHON names no interpreter")
 @pytest.mark.parametrize("custom_ops", [True, False])
-def test_the_oldest_supported_runtime_agrees(custom_ops, tmp_path):
-    script = (
-        "import sys, json, numpy as np, onnxruntime as ort\n"
-        "options = ort.SessionOptions(); options.log_severity_level = 3\n"
-        "if sys.argv[2]: options.register_custom_ops_library(sys.argv[2])\n"
-        "for name in json.loads(sys.argv[3]):\n"
-        "    at = sys.argv[1] + '/' + name\n"
-        "    s = ort.InferenceSession(at + '.onnx', options, providers=['CPUExecutionProvider'])\n"
-        "    np.save(at + '.y.npy', s.run(None, {'X': np.load(at + '.x.npy')})[0])\n"
-    )
-    expected = {}
-    for index, model in enumerate(MODELS.values()):
-        feeds = feed(model, 2, 3)
-        onnx.save(model, tmp_path / f"{index}.onnx")
-        np.save(tmp_path / f"{index}.x.npy", feeds["X"])
-        expected[str(index)] = runtime.session(model, threads=1).run(None, feeds)[0]
-    library_path = library.library_path() if custom_ops else ""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [OLD_PYTHON, "-c", script, str(tmp_path), library_path, json.dumps(list(expected))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    for name, y in expected.items():
-        found = np.load(tmp_path / f"{name}.y.npy")
+def test_the_oldest_supported_runtime_agrees(custom_ops, oldest_runtime):
+    cases = [(model, feed(model, 2, 3)) for model in MODELS.values()]
+    expected = [runtime.session(m, threads=1).run(None, feeds)[0] for m, feeds in cases]
+    for found, y in zip(oldest_runtime(cases, custom_ops), expected, strict=True):
         if custom_ops:
             assert found.tobytes() == y.tobytes()
         np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-4)

@@ -145,36 +145,83 @@ def test_gemm_keeps_its_bias(recipe, gemm):
     np.testing.assert_allclose(zero, runtime.session(source).run(None, {"x": 0 * x})[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        (matmul(np.ones((512, 8), np.float32)), "too small"),
-        (matmul(np.ones((256, 128), np.float16)), "FLOAT16"),
-    ],
-    ids=["narrow", "float16"],
-)
-def test_what_the_kernels_are_not_for_stays_with_onnxruntime(source, reason):
-    if "FLOAT16" in reason:
-        for v in (*source.graph.input, *source.graph.output):
-            v.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+def test_what_the_kernels_are_not_for_stays_with_onnxruntime():
     recipe = {"rules": [{"weights": ["int4.g32.f16", "int4.g32"]}]}
+    source = matmul(np.ones((512, 8), np.float32))
     result = qgraph.optimize(source, recipe=recipe, target="ort-qgraph")
     assert operators(result.model) == []
     (entry,) = result.report.ledger
-    assert reason in entry.reason or "matmul-nbits" in entry.forms
+    assert "too small" in entry.reason or "matmul-nbits" in entry.forms
 
 
-def test_a_table_that_is_also_the_head_is_stored_once():
-    w = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
+def tied(dtype=np.float32):
+    """A table [128, 256] and the head that uses it too."""
+    w = np.random.default_rng(0).standard_normal((128, 256)).astype(dtype)
     model = matmul(w.T, gemm="transB = 1")
-    model.graph.initializer[0].CopyFrom(ir.to_proto(ir.tensor(w, name="w")))
+    for held, values in zip(model.graph.initializer, (w, np.zeros(128, dtype)), strict=True):
+        held.CopyFrom(ir.to_proto(ir.tensor(values, name=held.name)))
     more = onnx.parser.parse_graph("g (int64[j] i) => (float[j, p] R) { R = Gather (w, i) }")
     for name in ("input", "output", "node"):
         getattr(model.graph, name).extend(getattr(more, name))
-    recipe = {"rules": [{"weights": ["int4.g32", "int8.ch"]}]}
-    result = qgraph.optimize(model, recipe=recipe, target="ort-qgraph")
+    if dtype == np.float16:
+        for v in (model.graph.input[0], *model.graph.output):
+            v.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return model, w
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("spec", ["int4.g32", "uint4.g64.asym", "int4.ch", "uint4.g16.asym.f16"])
+def test_a_table_that_is_also_the_head_is_stored_once(spec, dtype):
+    source, w = tied(dtype)
+    recipe = {"rules": [{"weights": [spec]}], "min_elements": 1}
+    result = qgraph.optimize(source, recipe=recipe, target="ort-qgraph")
+    assert sorted(operators(result.model)) == ["GatherInt4", "MatMulInt4"]
+    gather, product = (
+        next(n for n in graph.nodes(result.model) if n.op_type == op)
+        for op in ("GatherInt4", "MatMulInt4")
+    )
+    assert list(gather.inputs[1:4]) == list(product.inputs[1:4])
+    stored = sum(
+        v.const_value.nbytes for v in result.model.graph.initializers.values() if v.const_value
+    )
+    assert stored < 128 * 256 / 2 + 128 * (256 / 16) * 5 + 2000
+    # Rows are exactly what the product multiplies with.
+    for custom_ops in (True, False):
+        feeds = {"i": np.arange(128), "x": np.eye(256, dtype=dtype)}
+        y, rows = runtime.session(result.model, custom_ops=custom_ops).run(None, feeds)
+        assert rows.dtype == dtype
+        np.testing.assert_allclose(y.T, rows, rtol=2e-3 if dtype == np.float16 else 1e-5)
+        assert relative_error(rows.astype(np.float32), w.astype(np.float32)) < 0.2
+
+
+def test_a_table_alone_stays_with_onnxruntime_where_it_can():
+    source, _ = tied()
+    del source.graph.node[0], source.graph.output[0], source.graph.input[0]
+    for spec, expected in (
+        ("int4.g32", []),  # rows of their own lie closer together
+        ("uint4.g32.asym", ["GatherInt4"]),
+        ("int4.ch", ["GatherInt4"]),
+    ):
+        recipe = {"rules": [{"weights": [spec]}], "min_elements": 1}
+        found = qgraph.optimize(source, recipe=recipe, target="ort-qgraph")
+        assert operators(found.model) == expected
+
+
+def test_tied_tables_of_8_bits_stay_with_onnxruntime():
+    recipe = {"rules": [{"weights": ["int8.g32"]}]}
+    result = qgraph.optimize(tied()[0], recipe=recipe, target="ort-qgraph")
     assert operators(result.model) == []
-    assert result.report.output_bytes < 24_000
+    assert {n.op_type for n in graph.nodes(result.model)} >= {
+        "GatherBlockQuantized",
+        "MatMulNBits",
+    }
+
+
+def test_a_tied_model_shares_its_table():
+    found = qgraph.optimize(
+        "zoo:tiny-gpt", recipe="w4a8", overrides=["tied.weights=int4.g32.f16"], verify="ends"
+    )
+    assert "GatherInt4" in operators(found.model)
 
 
 def test_half_scales_go_with_float_activations_only_where_a_form_takes_them():
