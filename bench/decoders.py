@@ -68,14 +68,21 @@ SHAPES = {
 }
 
 
-def write(path: str | os.PathLike[str], shape: Shape, *, seed: int = 0) -> Path:
+def write(
+    path: str | os.PathLike[str], shape: Shape, *, seed: int = 0, cache: bool = False
+) -> Path:
     """Generate and save a decoder: input_ids [batch, seq] -> logits [batch, seq, vocabulary]."""
-    return files.save(build(shape, seed=seed), path, force=True, external_data=True)
+    model = build(shape, seed=seed, cache=cache)
+    return files.save(model, path, force=True, external_data=True)
 
 
-def build(shape: Shape, *, seed: int = 0) -> ir.Model:
-    """The decoder as a model whose weights are drawn when they are read."""
-    model = _Decoder(shape).model()
+def build(shape: Shape, *, seed: int = 0, cache: bool = False) -> ir.Model:
+    """The decoder as a model whose weights are drawn when they are read.
+
+    With `cache`, keys and values of earlier tokens come in as past.{i}.key/value
+    [batch, key_heads, past, head_dim], and all of them leave as present.{i}.key/value.
+    """
+    model = _Decoder(shape, cache).model()
     for _, v in graph.initializers(model):
         assert v.const_value is not None and v.shape is not None
         dims = tuple(v.shape.numpy())
@@ -98,25 +105,33 @@ class _Normal:
 
 
 class _Decoder:
-    def __init__(self, shape: Shape) -> None:
-        self.shape, self.b = shape, Builder("decoder")
+    def __init__(self, shape: Shape, cache: bool) -> None:
+        self.shape, self.cache, self.b = shape, cache, Builder("decoder")
 
     def model(self) -> ir.Model:
         b, shape = self.b, self.shape
         ids = b.input("input_ids", INT64, ["batch", "seq"])
-        length = b.op("Squeeze", b.op("Shape", ids, start=1, end=2))
-        positions = b.op(
-            "Range", b.initializer("zero", np.int64(0)), length, b.initializer("one", np.int64(1))
-        )
+        self.dims = ["batch", shape.key_heads, "past", shape.head_dim]
+        self.pasts = [
+            [b.input(f"past.{i}.{part}", FLOAT, self.dims) for part in ("key", "value")]
+            for i in range(shape.layers if self.cache else 0)
+        ]
+        zero, one = b.initializer("zero", np.int64(0)), b.initializer("one", np.int64(1))
+        start, end = zero, b.op("Squeeze", b.op("Shape", ids, start=1, end=2))
+        if self.cache:
+            start = b.op("Squeeze", b.op("Shape", self.pasts[0][0], start=2, end=3))
+            end = b.op("Add", start, end)
+        positions = b.op("Range", start, end, one)
+        keys = b.op("Range", zero, end, one) if self.cache else positions
         self.cos, self.sin = self._rotary(positions)
         rows = b.op("Unsqueeze", positions, b.integers("axis_1", 1))
-        seen = b.op("LessOrEqual", b.op("Unsqueeze", positions, b.integers("axis_0", 0)), rows)
+        seen = b.op("LessOrEqual", b.op("Unsqueeze", keys, b.integers("axis_0", 0)), rows)
         self.mask = b.op("Where", seen, b.number("zero_f32", 0.0), b.number("masked", MASKED))
         table = self._weight("embed_tokens.weight", shape.vocabulary, shape.hidden)
         h = b.op("Gather", table, ids, axis=0)
         for i in range(shape.layers):
             with b.scope(f"layers.{i}"):
-                h = self._block(f"layers.{i}", h)
+                h = self._block(i, h)
         h = self._norm("norm", h)
         logits = b.op("MatMul", h, self._weight("lm_head.weight", shape.hidden, shape.vocabulary))
         b.output("logits", logits, FLOAT, ["batch", "seq", shape.vocabulary])
@@ -138,20 +153,27 @@ class _Decoder:
         angles = b.op("Concat", angles, angles, axis=-1)
         return b.op("Cos", angles), b.op("Sin", angles)
 
-    def _block(self, name: str, h: ir.Value) -> ir.Value:
-        b = self.b
-        h = b.op("Add", h, self._attention(name, self._norm(f"{name}.input_norm", h)))
+    def _block(self, i: int, h: ir.Value) -> ir.Value:
+        b, name = self.b, f"layers.{i}"
+        h = b.op("Add", h, self._attention(i, self._norm(f"{name}.input_norm", h)))
         x = self._norm(f"{name}.post_norm", h)
         gate = self._linear(f"{name}.gate_proj", x)
         gate = b.op("Mul", gate, b.op("Sigmoid", gate))
         x = b.op("Mul", gate, self._linear(f"{name}.up_proj", x))
         return b.op("Add", h, self._linear(f"{name}.down_proj", x))
 
-    def _attention(self, name: str, x: ir.Value) -> ir.Value:
-        b, shape = self.b, self.shape
+    def _attention(self, i: int, x: ir.Value) -> ir.Value:
+        b, shape, name = self.b, self.shape, f"layers.{i}"
         query = self._rotate(self._heads(f"{name}.q_proj", x, shape.heads))
         key = self._rotate(self._heads(f"{name}.k_proj", x, shape.key_heads))
         value = self._heads(f"{name}.v_proj", x, shape.key_heads)
+        if self.cache:
+            key = b.op("Concat", self.pasts[i][0], key, axis=2)
+            value = b.op("Concat", self.pasts[i][1], value, axis=2)
+            for part, present in (("key", key), ("value", value)):
+                b.output(
+                    f"present.{i}.{part}", present, FLOAT, [*self.dims[:2], "total", self.dims[3]]
+                )
         keys = b.op("Transpose", self._repeat(key), perm=[0, 1, 3, 2])
         scores = b.op("Mul", b.op("MatMul", query, keys), b.number("scale", shape.head_dim**-0.5))
         weights = b.op("Softmax", b.op("Add", scores, self.mask), axis=-1)
