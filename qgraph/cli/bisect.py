@@ -93,6 +93,7 @@ def bisect(
     overrides: options.Overrides = None,
     weights: Weights = False,
     data: options.Data = None,
+    preprocess: options.Preprocess = None,
     samples: options.Samples = None,
     tokens: Tokens = None,
     context: ContextLength = 128,
@@ -126,7 +127,7 @@ def bisect(
     goal = registry.get("target", target or chosen.target)
     chosen = chosen.model_copy(update={"target": goal.name})
     _refuse_conflicts(data, tokens, check, min_sqnr, max_kl)
-    judge: Any = _check(model, data, samples, tokens, context, min_sqnr, max_kl, check)
+    judge: Any = _check(model, data, preprocess, samples, tokens, context, min_sqnr, max_kl, check)
     find = search.bad_weights if weights else search.bad_pass
     keep = Path(dump_dir) if dump_dir else None
     with terminal.progress(is_shown=not as_json) as progress:
@@ -160,6 +161,7 @@ def _refuse_conflicts(
 def _check(
     model: str,
     data: str | None,
+    preprocess: str | None,
     samples: int | None,
     tokens: str | None,
     context: int,
@@ -179,7 +181,8 @@ def _check(
     if tokens is not None:
         limit = DEFAULT_KL if max_kl is None else max_kl
         return search.Divergence(model, read_tokens(tokens), context, max_kl=limit)
-    feeds: Any = dataset(model, data, samples) or verify.sample_feeds(model, count=RANDOM_FEEDS)
+    feeds: Any = dataset(model, data, samples, preprocess)
+    feeds = feeds or verify.sample_feeds(model, count=RANDOM_FEEDS)
     if check is CheckName.run:
         return search.Runs(feeds)
     if min_sqnr is None and max_kl is None:

@@ -95,6 +95,7 @@ def compare(
     float_model: FloatModel,
     quant_model: QuantModel,
     data: options.Data = None,
+    preprocess: options.Preprocess = None,
     samples: options.Samples = None,
     random: Random = None,
     logits: options.Logits = None,
@@ -119,7 +120,7 @@ def compare(
     files.load(quant_model)  # says better than a session what is wrong with a file
     with terminal.progress(is_shown=not as_json) as progress:
         progress("reading data", -1)
-        feeds = _feeds(float_model, data, samples, random)
+        feeds = _feeds(float_model, data, samples, preprocess, random, progress)
         progress(f"comparing on {terminal.counted(len(feeds), 'sample')}", -1)
         found = evaluate.compare(
             float_model, quant_model, feeds, logits=logits or (), rounds=rounds, threads=threads
@@ -134,11 +135,18 @@ def compare(
         terminal.emit(terminal.found)
 
 
-def _feeds(model: str, data: str | None, samples: int | None, random: int | None) -> Any:
+def _feeds(
+    model: str,
+    data: str | None,
+    samples: int | None,
+    preprocess: str | None,
+    random: int | None,
+    progress: terminal.Progress,
+) -> Any:
     if data is not None:
         from qgraph.cli.optimize import dataset
 
-        return dataset(model, data, samples)
+        return dataset(model, data, samples, preprocess, progress)
     from qgraph import verify
 
     return verify.sample_feeds(model, count=random or 1)

@@ -113,6 +113,7 @@ def optimize(
     overrides: options.Overrides = None,
     output: Output = None,
     data: options.Data = None,
+    preprocess: options.Preprocess = None,
     samples: options.Samples = None,
     min_sqnr: options.MinSqnr = None,
     max_kl: options.MaxKl = None,
@@ -149,7 +150,7 @@ def optimize(
             model,
             chosen,
             target=target,
-            data=dataset(model, data, samples),
+            data=dataset(model, data, samples, preprocess, progress),
             output=destination,
             force=force,
             verify=verify.value,
@@ -188,18 +189,29 @@ def _reports_of_failures(reports: Sequence[Path] | None) -> Iterator[None]:
         raise
 
 
-def dataset(model: str, source: str | None, samples: int | None) -> Dataset | None:
-    """What `--data` and `--samples` say, checked against the model's inputs."""
+def dataset(
+    model: str,
+    source: str | None,
+    samples: int | None,
+    preprocess: str | None = None,
+    progress: terminal.Progress | None = None,
+) -> Dataset | None:
+    """What `--data`, `--preprocess` and `--samples` say, checked against the model's inputs."""
     if source is None:
-        if samples is not None:
-            message = "there are no samples to take the first of"
-            raise errors.InputError(
-                errors.Diagnostic("error", "QG131", "--samples", message, "give --data SOURCE")
-            )
+        given = {"--samples": samples, "--preprocess": preprocess}
+        for option, value in given.items():
+            if value is not None:
+                message = "there are no samples that it is about"
+                raise errors.InputError(
+                    errors.Diagnostic("error", "QG131", option, message, "give --data SOURCE")
+                )
         return None
     from qgraph import data
 
-    return data.load(source, data.inputs_of(model), samples)
+    inputs = data.inputs_of(model)
+    found = data.load(source, inputs, samples, preprocess=preprocess, progress=progress)
+    terminal.diagnostics(found.notes)
+    return found
 
 
 def instruments(

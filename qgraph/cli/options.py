@@ -61,7 +61,17 @@ Data: TypeAlias = Annotated[
         "--data",
         "-d",
         metavar="SOURCE",
-        help="Real inputs: FILE.npz, FILE.npy, a folder of them (one sample each), or FILE.py:FUNCTION.",
+        help="Real inputs: FILE.npz, FILE.npy, a folder of them (one sample each), a folder of images, "
+        "FILE.txt, FILE.toml that describes images or text, or FILE.py:FUNCTION.",
+        rich_help_panel=DATA,
+    ),
+]
+Preprocess: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="KEY=VALUE,...",
+        help="What images or text become, e.g. values=imagenet,resize=256 or tokenizer=tokenizer.json,length=128.",
         rich_help_panel=DATA,
     ),
 ]
@@ -71,7 +81,7 @@ Samples: TypeAlias = Annotated[
         "--samples",
         metavar="N",
         min=1,
-        help="Use the first N samples. Default: all.",
+        help="Use N samples: the first, of images and text evenly spaced ones. Default: all.",
         rich_help_panel=DATA,
     ),
 ]

@@ -3,61 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
 
-from qgraph import errors, files
-
-Array: TypeAlias = npt.NDArray[Any]
-Feeds: TypeAlias = dict[str, Array]
-Casts: TypeAlias = dict[str, errors.Diagnostic]
-
-
-@dataclass(frozen=True, slots=True)
-class InputInfo:
-    """One model input.
-
-    A dimension is a size, a name (symbolic) or None; shape is None where the rank is unknown.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...] | None
-
-    def __str__(self) -> str:
-        """As messages name it: `input_ids int64[batch, seq]`."""
-        dims = (
-            "…"
-            if self.shape is None
-            else ", ".join("?" if d is None else str(d) for d in self.shape)
-        )
-        return f"{self.name} {self.dtype}[{dims}]"
-
-
-def inputs_of(model: files.Source) -> tuple[InputInfo, ...]:
-    """The inputs that a caller must feed, in graph order; those with a default are left out.
-
-    Raises:
-        errors.InputError: QG110 where an input is no tensor, QG101-104 where the model cannot be
-            read.
-    """
-    graph = (model if isinstance(model, ir.Model) else files.load(model)).graph
-    required = [value for value in graph.inputs if value.name not in graph.initializers]
-    return tuple(map(_input_info, required))
-
-
-def _input_info(value: ir.Value) -> InputInfo:
-    if not isinstance(value.type, ir.TensorType):
-        found = f"is {value.type or 'untyped'}, not a tensor"
-        fail("QG110", f"model input {value.name!r}", found, "only tensor inputs can be fed")
-    shape = None
-    if value.shape is not None:
-        shape = tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return InputInfo(value.name or "", np.dtype(value.type.dtype.numpy()), shape)
+from qgraph import errors
+from qgraph.data import states
+from qgraph.data.infos import Array, Casts, Feeds, InputInfo, error, fail
 
 
 def fit(sample: Any, inputs: Sequence[InputInfo], place: str, casts: Casts) -> Feeds:
@@ -65,7 +17,7 @@ def fit(sample: Any, inputs: Sequence[InputInfo], place: str, casts: Casts) -> F
     if not isinstance(sample, Mapping):
         hint = f"yield dicts like {{{inputs[0].name!r}: array}}" if inputs else "yield dicts"
         fail("QG113", place, f"a sample is a dict of arrays, found {type(sample).__name__}", hint)
-    wrong = names(sample, [i.name for i in inputs], place)
+    wrong = names(sample, inputs, place)
     feeds: Feeds = {}
     sizes: dict[str, tuple[int, str]] = {}
     for info in inputs:
@@ -83,20 +35,41 @@ def fit(sample: Any, inputs: Sequence[InputInfo], place: str, casts: Casts) -> F
             bad = f"input {info}: {array[at]} at index {list(at)}"
             wrong.append(error("QG118", where, bad, "remove NaN and infinity from the data"))
         feeds[info.name] = array
+    if not wrong:
+        wrong = _add_states(feeds, inputs, place, casts, {d: s for d, (s, _) in sizes.items()})
     if wrong:
         raise errors.InputError(*wrong)
     return feeds
 
 
-def names(sample: Iterable[str], known: Sequence[str], place: str) -> list[errors.Diagnostic]:
-    """What is wrong with the names of a sample: unknown ones and missing ones."""
-    given = set(map(str, sample))
+def _add_states(
+    feeds: Feeds, inputs: Sequence[InputInfo], place: str, casts: Casts, sizes: Mapping[str, int]
+) -> list[errors.Diagnostic]:
+    """Give the sample the states that it leaves out; tells of those whose shape is not known."""
+    wrong = []
+    for info in (i for i in inputs if i.name not in feeds):
+        state = states.first(info, sizes)
+        if state is None:
+            found = f"input {info} is not in the data, and its shape cannot be told"
+            wrong.append(error("QG153", place, found, f"add an array {info.name!r}"))
+            continue
+        feeds[info.name] = state
+        casts.setdefault(f"{info.name} state", states.note(info, state, place))
+    return wrong
+
+
+def names(
+    sample: Iterable[str], inputs: Sequence[InputInfo], place: str
+) -> list[errors.Diagnostic]:
+    """What is wrong with the names of a sample: unknown ones and missing ones (a state may be left out)."""
+    given, known = set(map(str, sample)), [i.name for i in inputs]
     wrong = [
         error("QG113", f"{place}[{n}]", "is no input of the model", errors.nearest(n, known))
         for n in sorted(given - set(known))
     ]
+    needed = [i.name for i in states.required(inputs)]
     hint = f"add an array of that name; found: {', '.join(sorted(given)) or 'nothing'}"
-    missing = [n for n in known if n not in given]
+    missing = [n for n in needed if n not in given]
     wrong += [error("QG113", place, f"model input {n!r} is missing", hint) for n in missing]
     return wrong
 
@@ -149,15 +122,3 @@ def _shape(
                 found = f"input {info}: {dim} is {size} here and {seen} in {by!r}"
                 wrong.append(error("QG117", where, found, "inputs of one sample must agree in it"))
     return wrong
-
-
-def error(code: str, where: str, message: str, hint: str) -> errors.Diagnostic:
-    """An error with its code."""
-    return errors.Diagnostic("error", code, where, message, hint)
-
-
-def fail(
-    code: str, where: str, message: str, hint: str, cause: BaseException | None = None
-) -> NoReturn:
-    """Raise InputError with one error."""
-    raise errors.InputError(error(code, where, message, hint)) from cause

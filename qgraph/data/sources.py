@@ -18,55 +18,115 @@ from typing import IO, Any, NoReturn, TypeAlias
 import numpy as np
 
 from qgraph import errors
+from qgraph.data import images, infos, specs, states
 from qgraph.data import samples as checks
-from qgraph.data.samples import Array, InputInfo
+from qgraph.data.images import Images, open_images
+from qgraph.data.infos import Array, InputInfo
+from qgraph.data.opened import Located, Opened, Progress
+from qgraph.data.specs import Spec
+from qgraph.data.text import Text, open_text
 
-Located: TypeAlias = Iterator[tuple[str, Mapping[str, Any]]]
 Iterables: TypeAlias = Iterable[Mapping[str, Any]]
-Source: TypeAlias = "str | os.PathLike[str] | Iterables | Callable[[], Iterables]"
+Source: TypeAlias = "str | os.PathLike[str] | Images | Text | Iterables | Callable[[], Iterables]"
 
 SUFFIXES = (".npy", ".npz")
 
 
+KINDS: dict[str, type[Spec]] = {"images": Images, "text": Text}
+
+
 def open_source(
-    source: Any, inputs: tuple[InputInfo, ...], samples: int | None
-) -> tuple[str, Callable[[], Located]]:
-    """How messages name the source, and a function that starts reading it from the front."""
+    source: Any,
+    inputs: tuple[InputInfo, ...],
+    samples: int | None,
+    preprocess: str | None,
+    progress: Progress,
+) -> Opened:
+    """Find out what the source is, and how it is read from the front."""
     if isinstance(source, str | os.PathLike):
-        return _open_text(os.fspath(source), inputs)
+        source = _specified(os.fspath(source), preprocess)
+    elif preprocess is not None:
+        infos.fail("QG150", "--preprocess", "is for folders of images and for text", "leave it out")
+    if isinstance(source, Images):
+        _require(source.path)
+        return open_images(source, inputs, samples, progress)
+    if isinstance(source, Text):
+        _require(source.path)
+        return open_text(source, inputs, samples, progress)
+    if isinstance(source, str):
+        return Opened(source, _open_path(source, inputs))
     if callable(source):
         name = getattr(source, "__name__", "feeds")
-        return name, lambda: _numbered(name, source())
+        return Opened(name, lambda: _numbered(name, source()))
     if isinstance(source, Mapping):
         _refuse("data", "is one sample, not a sequence of samples", "put it in a list: [feeds]")
     if not isinstance(source, Iterable) or isinstance(source, bytes | np.ndarray):
         hint = "give a .npz, .npy, folder, module:function or an iterable of feeds dicts"
         _refuse("data", f"cannot be read from {type(source).__name__}", hint)
     kept = list(islice(source, samples)) if isinstance(source, Iterator) else source
-    return "feeds", lambda: _numbered("feeds", kept)
+    return Opened("feeds", lambda: _numbered("feeds", kept))
 
 
-def _open_text(text: str, inputs: tuple[InputInfo, ...]) -> tuple[str, Callable[[], Located]]:
+def _specified(text: str, preprocess: str | None) -> str | Spec:
+    """Images or text where the path is of that kind, else the path."""
+    path = Path(text)
+    if path.is_file() and path.suffix == ".toml":
+        if preprocess is not None:
+            infos.fail("QG150", "--preprocess", f"{text} says it already", "leave it out")
+        return specs.from_toml(path, KINDS)
+    if path.suffix in SUFFIXES or (path.is_dir() and _arrays(path)):
+        kind: type[Spec] | None = None
+    elif path.is_file():
+        is_text = path.suffix == ".txt" or (preprocess is not None and path.suffix != ".py")
+        kind = Text if is_text else None
+        kind = Images if path.suffix.lower() in images.SUFFIXES else kind
+    else:
+        kind = Images if path.is_dir() and images.paths(path) else None
+    if kind is not None:
+        return specs.from_text(kind, text, preprocess or "")
+    if preprocess is not None and path.exists():
+        hint = "leave it out, or give a folder of images or a text file"
+        infos.fail("QG150", "--preprocess", f"{text} holds neither images nor text", hint)
+    return text
+
+
+def _arrays(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES]
+
+
+def _open_path(text: str, inputs: tuple[InputInfo, ...]) -> Callable[[], Located]:
     path = Path(text)
     if path.is_dir():
-        names = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES]
-        if not names:
-            _refuse(text, "holds no .npz or .npy files", "one file per sample is expected there")
-        return text, lambda: ((str(p), _one_file(p, inputs)) for p in names)
+        files = _arrays(path)
+        if not files:
+            hint = "one file per sample is expected there, or images"
+            _refuse(text, "holds no .npz or .npy files", hint)
+        return lambda: ((str(p), _one_file(p, inputs)) for p in files)
     if path.is_file():
         if path.suffix == ".py":
             _refuse(text, "is a module", f"name the function: {text}:function")
         if path.suffix not in SUFFIXES:
-            _refuse(text, "is not a kind of data that is known", "give a .npz, .npy or folder")
-        return text, lambda: _stacked(path, inputs)
+            hint = "give a .npz, .npy or folder, images or a .txt"
+            _refuse(text, "is not a kind of data that is known", hint)
+        return lambda: _stacked(path, inputs)
     place, colon, name = text.rpartition(":")
     if colon and name.isidentifier() and (place.endswith(".py") or not path.suffix):
         function = _function(text, place, name)
-        return text, lambda: _numbered(text, function())
+        return lambda: _numbered(text, function())
+    _require(text)
+    hint = "give a .npz, .npy, folder or module:function"
+    return _refuse(text, "is neither a file nor a folder", hint)
+
+
+def _require(text: str) -> None:
+    """Refuse a path that does not exist."""
+    path = Path(text)
+    if path.exists():
+        return
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = errors.nearest(path.name, siblings)
     hint = near if near.startswith("did") else "give a .npz, .npy, folder or module:function"
-    raise errors.InputError(checks.error("QG111", text, "does not exist", hint))
+    raise errors.InputError(infos.error("QG111", text, "does not exist", hint))
 
 
 def _function(text: str, place: str, name: str) -> Callable[[], Iterables]:
@@ -116,7 +176,7 @@ def _stacked(path: Path, inputs: tuple[InputInfo, ...]) -> Located:
     with contextlib.ExitStack() as stack:
         with _reading(path):
             arrays = _open_arrays(path, inputs, stack)
-        wrong = checks.names(arrays, list(by_name), str(path))
+        wrong = checks.names(arrays, inputs, str(path))
         for name, rows in arrays.items():
             if name in by_name:
                 wrong += rows.check(by_name[name], f"{path}[{name}]")
@@ -124,7 +184,7 @@ def _stacked(path: Path, inputs: tuple[InputInfo, ...]) -> Located:
         if not wrong and len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
             found = f"arrays differ in the number of samples: {shown}"
-            wrong.append(checks.error("QG119", str(path), found, "axis 0 counts samples"))
+            wrong.append(infos.error("QG119", str(path), found, "axis 0 counts samples"))
         if wrong:
             raise errors.InputError(*wrong)
         for index in range(min(counts.values(), default=0)):
@@ -183,7 +243,7 @@ class _Rows:
         dims = "any" if rank is None else f"{rank} or {rank + 1}" if rank else "1"
         found = f"input {info}: found shape {list(self.shape)}, expected rank {dims}"
         hint = "put the sample axis in front: np.stack of the samples"
-        return [checks.error("QG115", where, found, hint)]
+        return [infos.error("QG115", where, found, hint)]
 
     def next(self, info: InputInfo) -> Array:
         row = self.read()
@@ -192,11 +252,12 @@ class _Rows:
 
 
 def _only(path: Path, inputs: tuple[InputInfo, ...]) -> str:
-    if len(inputs) != 1:
-        names = ", ".join(i.name for i in inputs)
+    needed = states.required(inputs)
+    if len(needed) != 1:
+        names = ", ".join(i.name for i in needed)
         hint = f"use a .npz with arrays named {names}"
-        checks.fail("QG113", str(path), f"one array for {len(inputs)} model inputs", hint)
-    return inputs[0].name
+        infos.fail("QG113", str(path), f"one array for {len(needed)} model inputs", hint)
+    return needed[0].name
 
 
 @contextlib.contextmanager
@@ -209,8 +270,8 @@ def _reading(path: Path) -> Generator[None]:
             is_object = "Object arrays" in reason
             reason = "it holds Python objects, not numbers" if is_object else "it is no NumPy file"
         hint = "save it with np.savez(path, input=array) or np.save"
-        checks.fail("QG112", str(path), f"cannot be read: {reason}", hint, e)
+        infos.fail("QG112", str(path), f"cannot be read: {reason}", hint, e)
 
 
 def _refuse(source: str, message: str, hint: str, cause: Exception | None = None) -> NoReturn:
-    checks.fail("QG111", source, message, hint, cause)
+    infos.fail("QG111", source, message, hint, cause)
