@@ -8,11 +8,12 @@ namespace qgraph {
 namespace {
 
 // Rough speeds of one thread, only to cut work into tasks of a useful size.
-constexpr double kBytesPerMicrosecond = 25e3;
-constexpr double kProductsPerMicrosecond = 2e5;
+constexpr double kBytesPerMicrosecond = 4e4;
+constexpr double kProductsPerMicrosecond = 4e5;
 constexpr double kFloatProductsPerMicrosecond = 4e4;
-// A task shorter than this costs more to hand over than it saves.
-constexpr double kTaskMicroseconds = 10.0;
+// Tasks are taken one by one, so that a busy core leaves more of them to the others. One shorter
+// than this costs more to hand over than it saves.
+constexpr double kTaskMicroseconds = 2.5;
 // Rounding this much is worth a thread.
 constexpr int64_t kRoundingElements = int64_t{1} << 16;
 

@@ -130,6 +130,10 @@ void* Run::output(const Dims& dims) const {
 }
 
 ScratchMemory::ScratchMemory(const Run& run, int64_t nbytes) : api_(run.api()) {
+  if (nbytes <= kOwn) {
+    aligned_ = own_;
+    return;
+  }
   ort::OrtMemoryInfo* info = nullptr;
   check(api_, api_.CreateCpuMemoryInfo()(ort::kDeviceAllocator, ort::kDefault, &info));
   ort::OrtStatus* status = api_.KernelContext_GetAllocator()(run.context(), info, &allocator_);
@@ -146,6 +150,7 @@ ScratchMemory::ScratchMemory(const Run& run, int64_t nbytes) : api_(run.api()) {
 }
 
 ScratchMemory::~ScratchMemory() {
+  if (aligned_ == own_) return;
   ort::OrtStatus* status = api_.AllocatorFree()(allocator_, memory_);
   if (status != nullptr) api_.ReleaseStatus()(status);
   api_.ReleaseAllocator()(allocator_);

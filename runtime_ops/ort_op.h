@@ -62,9 +62,12 @@ class Run {
   ort::OrtKernelContext* context_;
 };
 
-// Memory from the runtime's allocator, aligned to 64 bytes, for the length of a run.
+// Memory aligned to 64 bytes, for the length of a run: the object's own where little is needed, as
+// with one row of activations, and otherwise from the runtime's allocator, which takes a few calls.
 class ScratchMemory {
  public:
+  static constexpr int64_t kOwn = 12 << 10;
+
   ScratchMemory(const Run& run, int64_t nbytes);
   ~ScratchMemory();
   ScratchMemory(const ScratchMemory&) = delete;
@@ -76,6 +79,7 @@ class ScratchMemory {
   ort::OrtAllocator* allocator_ = nullptr;
   void* memory_ = nullptr;
   void* aligned_ = nullptr;
+  alignas(64) uint8_t own_[kOwn];
 };
 
 // The session's own threads; the library starts none.
