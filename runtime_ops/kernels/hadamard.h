@@ -10,11 +10,10 @@
 #include <cstring>
 
 #include "kernels/kernel.h"
+#include "kernels/probe.h"
 
 namespace qgraph {
 namespace {
-
-constexpr int64_t kPanel = 64;  // columns of the factor's product that lie on the stack
 
 typedef float Vector16 __attribute__((vector_size(64)));
 
@@ -71,23 +70,58 @@ inline void sylvester(const float* x, float scale, float* y, int64_t n) {
   if (h < n) one_pass(y, n, h);
 }
 
-// The dense factor acts across the f runs of n floats.
-inline void apply_factor(const HadamardTask& t, float* y, int64_t n) {
-  float panel[kMaxHadamardFactor * kPanel];
-  for (int64_t start = 0; start < n; start += kPanel) {
-    const int64_t width = std::min(kPanel, n - start);
-    for (int64_t i = 0; i < t.factor_size; ++i) {
-      for (int64_t j = 0; j < width; ++j) panel[i * kPanel + j] = y[i * n + start + j];
+// `Columns` vectors of columns of the factor's product, four rows of it at once: the sums stay in
+// registers. A factor is made of 1 and -1, so a fused product rounds no differently.
+template <int Columns>
+inline void factor_columns(const HadamardTask& t, float* y, int64_t n) {
+  float panel[kMaxHadamardFactor * 16 * Columns];
+  for (int64_t k = 0; k < t.factor_size; ++k) {
+    std::memcpy(panel + k * 16 * Columns, y + k * n, sizeof(float) * 16 * Columns);
+  }
+  for (int64_t i = 0; i < t.factor_size; i += 4) {
+    const int64_t rows = std::min<int64_t>(4, t.factor_size - i);
+    Lanes::Floats sums[4][Columns];
+    QG_UNROLL for (int r = 0; r < 4; ++r) {
+      QG_UNROLL for (int c = 0; c < Columns; ++c) sums[r][c] = Lanes::float_zero();
     }
-    for (int64_t i = 0; i < t.factor_size; ++i) {
-      float* out = y + i * n + start;
-      for (int64_t j = 0; j < width; ++j) out[j] = 0.0f;
-      for (int64_t k = 0; k < t.factor_size; ++k) {
-        const float c = t.factor[i * t.factor_size + k];
-        for (int64_t j = 0; j < width; ++j) out[j] += c * panel[k * kPanel + j];
+    for (int64_t k = 0; k < t.factor_size; ++k) {
+      QG_UNROLL for (int r = 0; r < 4; ++r) {
+        // Rows beyond the last are computed again and not stored.
+        const Lanes::Floats sign =
+            Lanes::all(t.factor[std::min(i + r, t.factor_size - 1) * t.factor_size + k]);
+        QG_UNROLL for (int c = 0; c < Columns; ++c) {
+          const Lanes::Floats v = Lanes::load(panel + (k * Columns + c) * 16);
+          sums[r][c] = Lanes::fma(v, sign, sums[r][c]);
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      QG_UNROLL for (int c = 0; c < Columns; ++c) {
+        Lanes::store(y + (i + r) * n + 16 * c, sums[r][c]);
       }
     }
   }
+}
+
+// Fewer than 16 columns.
+inline void factor_narrow(const HadamardTask& t, float* y, int64_t n) {
+  float column[kMaxHadamardFactor];
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t k = 0; k < t.factor_size; ++k) column[k] = y[k * n + j];
+    for (int64_t i = 0; i < t.factor_size; ++i) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < t.factor_size; ++k)
+        sum += t.factor[i * t.factor_size + k] * column[k];
+      y[i * n + j] = sum;
+    }
+  }
+}
+
+// The dense factor acts across the f runs of n floats; n is a power of two.
+inline void apply_factor(const HadamardTask& t, float* y, int64_t n) {
+  if (n < 16) return factor_narrow(t, y, n);
+  if (n == 16) return factor_columns<1>(t, y, n);
+  for (int64_t start = 0; start < n; start += 32) factor_columns<2>(t, y + start, n);
 }
 
 void hadamard(const HadamardTask& t) {
