@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from qgraph import errors, graph, opset, sensitivity, ternary, weights
+from qgraph import activations, errors, graph, grids, opset, sensitivity, ternary, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.plan import Decision
-from qgraph.recipe import AUTO, FLOAT, Rule
+from qgraph.recipe import AUTO, FLOAT, Rule, static_spec
 from qgraph.registry import register
 from qgraph.report import Entry
 from qgraph.spec import QuantSpec
@@ -24,6 +24,8 @@ from qgraph.target import Request, Target
 from qgraph.weights import Weight
 
 DYNAMIC = replace(QuantSpec.parse("uint8.tensor.asym"), dynamic=True)
+
+_COMPUTING = ("matmul", "gemm", "conv", "conv_transpose")
 
 
 @register
@@ -40,15 +42,64 @@ class AssignPrecision(Pass):
         found = weights.find(model)
         decided: dict[int, list[Weight]] = {}
         reach = _Reach(model, ctx.target.max_opset)
+        without_grids = _static(model, found, ctx, reach)
         for weight in found:
             index, rule = _match(ctx.recipe.rules, weight)
-            ctx.plan.add(_decide(weight, rule, ctx, reach))
+            decision = _decide(weight, rule, ctx, reach)
+            if weight.name in without_grids:
+                decision = Decision(
+                    weight.name, "weight", None, by=decision.by, code="QG317",
+                    reason=without_grids[weight.name],
+                )  # fmt: skip
+            ctx.plan.add(decision)
             ctx.records.setdefault(weight.name, {})["entry"] = _entry(weight)
             decided.setdefault(index, []).append(weight)
         for index, rule in enumerate(ctx.recipe.rules):
             _promote(rule, decided.get(index, []), ctx, reach)
         _check_names(ctx.recipe.rules, found)
         return False
+
+
+def _static(
+    model: ir.Model, found: Sequence[Weight], ctx: Context, reach: _Reach
+) -> dict[str, str]:
+    """Plan the static grids of activations; returns the weights that stay float for want of one, with the reason."""
+    held: dict[str, Weight] = {}
+    specs: dict[str, QuantSpec] = {}
+    for weight in found:
+        decision = _decide(weight, _match(ctx.recipe.rules, weight)[1], ctx, reach)
+        if decision.activation is not None and not decision.activation.dynamic:
+            held[weight.name], specs[weight.name] = weight, decision.activation
+    if not held or ctx.target.integers is None:
+        return {}
+    if ctx.stats is None:
+        raise errors.RecipeError(
+            errors.Diagnostic(
+                "error", "QG318", f"recipe {ctx.recipe.name}",
+                "static activations need statistics, and nothing was observed",
+                "give samples (--data) and put the pass observe before assign-precision",
+            )
+        )  # fmt: skip
+    options = dict(ctx.recipe.options.get("observe", {}))
+    method = str(options.get("method", "mse"))
+    gone: dict[str, str] = {}
+    while True:
+        candidates = {u.node: specs[w.name] for w in held.values() for u in w.uses}
+        made = grids.find(model, ctx.target.integers, candidates, ctx.stats, method, {})
+        lost = {
+            w.name: made.regions.refused[u.node]
+            for w in held.values()
+            for u in w.uses
+            if u.node in made.regions.refused
+        }
+        if not lost:
+            break
+        gone.update(lost)
+        held = {name: w for name, w in held.items() if name not in lost}
+    for decision in made.decisions(method):
+        ctx.plan.add(decision)
+    activations.remember(made.regions, ctx.plan)
+    return gone
 
 
 class _Reach:
@@ -164,7 +215,7 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
         spec = fit_group(QuantSpec.parse(text), k)
         if dtype == ir.DataType.FLOAT16:
             spec = replace(spec, scale_dtype="float16")
-        activation = DYNAMIC if rule.activations == "int8" or why.startswith("dynamic") else None
+        activation = _activation(rule, why, ctx.target)
         forms, refused = _forms(weight, spec, activation, dtype, ctx.target, reach)
         if forms:
             reason = rule.reason or why or f"rule {rule.id!r} of recipe {ctx.recipe.name!r}"
@@ -178,7 +229,7 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
                 reason,
                 by,
                 forms=tuple(forms),
-                activation=activation if _is_dynamic(forms) else None,
+                activation=activation if _takes_activation(forms) else None,
             )
         reasons.append(f"{spec}: {refused}")
     return stays("QG315", "; ".join(reasons) or rule.reason)
@@ -199,8 +250,16 @@ def _choices(rule: Rule, weight: Weight, target: Target) -> list[tuple[str, str]
     return found
 
 
-def _is_dynamic(forms: Sequence[str]) -> bool:
-    return any(f.startswith("dynamic") for f in forms)
+def _activation(rule: Rule, why: str, target: Target) -> QuantSpec | None:
+    """How a rule wants the operator's input."""
+    if rule.is_static and target.integers is not None:
+        text = rule.activations.partition(":")[2]
+        return static_spec(text or target.integers.types[0])
+    return DYNAMIC if rule.activations == "int8" or why.startswith("dynamic") else None
+
+
+def _takes_activation(forms: Sequence[str]) -> bool:
+    return any(f.startswith(("dynamic", "static")) for f in forms)
 
 
 def _forms(
@@ -218,7 +277,7 @@ def _forms(
             weight.dims,
             dtype,
             spec,
-            activation if use.kind in ("matmul", "gemm") else None,
+            activation if use.kind in _COMPUTING else None,
             weight.is_tied,
         )
         for use in weight.uses

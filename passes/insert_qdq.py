@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph import graph, opset, weights
+from qgraph import activations, graph, opset, qdq, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.plan import Decision
 from qgraph.registry import register
@@ -39,11 +39,17 @@ class InsertQdq(Pass):
         # In graph order, so that a quantized activation that several operators share stands before the first of them.
         todo.sort(key=lambda item: position[item[0].node])
         writer = Writer(model, ctx.spool)
+        regions, grids = activations.recall(model, ctx.plan)
+        by_input = {n: grids.get(n.inputs[0]) for n in regions.operators if n.inputs[0]}
         for index, (use, form_name, weight, decision) in enumerate(todo):
             ctx.progress(f"writing {weight.label}", index / len(todo))
             self._write(writer, use, form_name, weight, decision, ctx)
         for weight, decision in planned:
             _record(weight, decision, ctx)
+        for node, grid in by_input.items():
+            if grid is not None:
+                qdq.write_bias(writer, node, grid)
+        qdq.write(writer, regions, grids)
         ctx.plan.solved.clear()
         changed = bool(todo)
         graph.remove_dead(model)

@@ -100,6 +100,19 @@ def to_scale(scale: FloatArray, spec: QuantSpec) -> Floats:
     return stored.astype(np.float32)
 
 
+def bias_scale(x_scale: float, w_scales: Floats, count: int) -> Floats:
+    """Scale of an int32 bias, s_x * s_w: of rank 0 per tensor, [N] per channel."""
+    product = (np.float32(x_scale) * w_scales.astype(np.float32)).astype(np.float32)
+    return product.reshape(()) if product.size == 1 and count > 1 else product
+
+
+def bias_codes(bias: FloatArray, scale: Floats) -> npt.NDArray[np.int32]:
+    """round(b / s) as int32. Saturates: |b| is then 2^31 steps of the accumulator or more."""
+    limits = np.iinfo(np.int32)
+    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+    return np.clip(codes, limits.min, limits.max).astype(np.int32)
+
+
 def squared_error(w: FloatArray, q: QTensor, importance: Floats | None = None) -> float:
     """Sum over the matrix of importance[k] * (w - q)², in float64."""
     difference = np.square(w - q.dequantize(), dtype=np.float64)

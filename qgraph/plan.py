@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qgraph.spec import QTensor, QuantSpec
+
+if TYPE_CHECKING:
+    from qgraph.observers import Grid
 
 Role = Literal["weight", "activation"]
 
@@ -25,6 +28,8 @@ class Decision:
         code: diagnostic code of a "stays float" reason, "" where it is quantized.
         forms: for each use of a weight, in order, the name of the form that the target chose ("" stays float).
         activation: for a weight: how its operator's input is quantized, or None for float.
+        grid: for an activation: its scale and zero point, None where it stays float.
+        shares: for an activation: the first value of those that share the grid.
     """
 
     value: str
@@ -36,6 +41,8 @@ class Decision:
     code: str = ""
     forms: tuple[str, ...] = ()
     activation: QuantSpec | None = None
+    grid: Grid | None = None
+    shares: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -49,6 +56,8 @@ class Decision:
             "by": self.by,
             "code": self.code,
             "forms": list(self.forms),
+            "grid": [self.grid.scale, self.grid.zero_point] if self.grid else None,
+            "shares": self.shares,
         }
 
 
@@ -59,10 +68,21 @@ class QuantPlan:
     Attributes:
         decisions: by tensor name.
         solved: QTensor by weight name; emptied as weights are written into the graph.
+        operators: first output of each operator that shall compute on codes → its inputs that have grids.
+        absorbed: outputs of the Relu and Clip nodes whose bounds the grid behind them applies.
+        moves: outputs of the operators that pass codes on.
     """
 
     decisions: dict[str, Decision] = field(default_factory=dict)
     solved: dict[str, QTensor] = field(default_factory=dict)
+    operators: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    absorbed: list[str] = field(default_factory=list)
+    moves: list[str] = field(default_factory=list)
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """The static grids by value name, in plan order."""
+        return {d.value: d.grid for d in self.decisions.values() if d.grid is not None}
 
     def add(self, decision: Decision) -> None:
         """Record a decision; the last one about a tensor holds."""
@@ -79,9 +99,13 @@ class QuantPlan:
     @staticmethod
     def from_json(text: str) -> QuantPlan:
         """Read what `to_json` wrote (decisions only; solved weights are not part of it)."""
+        from qgraph.observers import Grid
+
         plan = QuantPlan()
         for entry in json.loads(text):
             for key in ("spec", "activation"):
                 entry[key] = QuantSpec.parse(entry[key]) if entry[key] else None
+            if entry["grid"]:
+                entry["grid"] = Grid(*entry["grid"], entry["spec"])
             plan.add(Decision(**{**entry, "forms": tuple(entry["forms"])}))
         return plan

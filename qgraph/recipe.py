@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,24 @@ DEFAULT_PIPELINE = (
     "fuse-qdq",
     "cleanup",
 )
-FLOAT, AUTO = "float", "auto"
+FLOAT, AUTO, STATIC = "float", "auto", "static"
+
+
+def static_spec(text: str) -> QuantSpec:
+    """The spec of a static activation: one grid for the tensor, with a zero point unless it says `.sym`."""
+    parts = text.split(".")
+    spec = QuantSpec.parse(text)
+    return replace(spec, block=(0, 0), symmetric="sym" in parts[1:])
+
+STATIC_PIPELINE = (
+    "canonicalize",
+    "observe",
+    "assign-precision",
+    "solve-weights",
+    "insert-qdq",
+    "fuse-qdq",
+    "cleanup",
+)
 
 
 class _Strict(BaseModel):
@@ -46,7 +64,8 @@ class Rule(_Strict):
     weights: tuple[str, ...] = (AUTO,)
     """Specs in order of preference: the first that the target takes. "float" keeps it, "auto" asks the target."""
     activations: str = FLOAT
-    """How the operator's input is quantized: "float" or "int8" (at run time)."""
+    """How the operator's input is quantized: "float", "int8" (at run time), or on a calibrated grid: "static" for the
+    target's own type, "static:SPEC" for another ("static:int8", "static:uint16", "static:int8.sym"), which needs data."""
     solver: str = "rtn"
     """Name of the weight solver."""
     tied: bool = False
@@ -59,6 +78,11 @@ class Rule(_Strict):
     """How much of the rule's elements may get the sensitive spec, 0..1."""
     reason: str = ""
     """What the report says."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations are put on calibrated grids."""
+        return self.activations.partition(":")[0] == STATIC
 
     @field_validator("ops", "names", "weights", mode="before")
     @classmethod
@@ -89,8 +113,13 @@ class Rule(_Strict):
     @field_validator("activations")
     @classmethod
     def _activations(cls, value: str) -> str:
-        if value not in (FLOAT, "int8"):
-            raise ValueError(f'"float" or "int8" expected, found {value!r}')
+        kind, colon, text = value.partition(":")
+        if value not in (FLOAT, "int8") and kind != STATIC:
+            raise ValueError(
+                f'"float", "int8", "static" or "static:SPEC" expected, found {value!r}'
+            )
+        if colon:
+            static_spec(text)
         return value
 
 
@@ -186,6 +215,20 @@ PRESETS: dict[str, Recipe] = {
                 ),
                 _rule("rnn", "int8.ch", FLOAT),
             ),
+        ),
+        Recipe(
+            name="int8-static",
+            summary="int8 weights and activations on grids calibrated with --data: integer kernels for Conv, Gemm, MatMul",
+            pipeline=STATIC_PIPELINE,
+            options={"canonicalize": {"to_gemm": True}},
+            rules=(
+                _TIED,
+                _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
+                _rule("linear", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
+                _rule("conv", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
+                _rule("rnn", "int8.ch", FLOAT, min_elements=1024),
+            ),
+            min_elements=1,
         ),
         Recipe(
             name="int8-weights",

@@ -79,6 +79,23 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Integers:
+    """Which operators a target computes on codes when their activations have static grids.
+
+    Attributes:
+        weighted: operators with weights → whether their kernel may leave its result in float.
+        joined: operators without weights that compute on codes where all inputs and the output have grids.
+        moves: operators that pass codes on; input and output share a grid.
+        types: specs of activations that the kernels take, the default first.
+    """
+
+    weighted: Mapping[str, bool]
+    joined: frozenset[str]
+    moves: frozenset[str]
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Target:
     """A runtime to compile for. A value: register your own with `qgraph.register(Target(...))`.
 
@@ -93,6 +110,7 @@ class Target:
         inspect: reads the graph that the runtime really executes and says what became of each value; None where
             the target is not one runtime.
         notes: sentences for the report that hold for every model on this target.
+        integers: which operators compute on codes; None where static activations bring nothing.
     """
 
     name: str
@@ -102,6 +120,7 @@ class Target:
     auto: Mapping[str, Sequence[tuple[str, str, str]]] = field(default_factory=dict)
     inspect: Callable[[str, Sequence[str]], Mapping[str, Any]] | None = None
     notes: Sequence[str] = ()
+    integers: Integers | None = None
 
     def support(self, request: Request, reachable_opset: int) -> Support:
         """The best form for a request that needs no higher opset than `reachable_opset`, or why there is none."""

@@ -175,13 +175,13 @@ def find(model: ir.Model) -> list[Weight]:
         for index, v in enumerate(node.inputs):
             if v is None:
                 continue
-            source, through = _source(v)
-            if source is None:
+            origin, through = source(v)
+            if origin is None:
                 continue
-            use = use_of(node, index, len(tensor_shape(source)), through)
+            use = use_of(node, index, len(tensor_shape(origin)), through)
             if use is None:
                 continue
-            if source.is_graph_input() and not use.reason:
+            if origin.is_graph_input() and not use.reason:
                 use = replace(
                     use,
                     reason="it is a graph input with a default, so a caller may override it; "
@@ -189,7 +189,7 @@ def find(model: ir.Model) -> list[Weight]:
                 )
             if node.graph is not model.graph:
                 use = replace(use, in_body=True)
-            weight = found.setdefault(source, Weight(source, _label(source, node)))
+            weight = found.setdefault(origin, Weight(origin, _label(origin, node)))
             weight.uses.append(use)
     for weight in found.values():
         ours = {u.node for u in weight.uses}
@@ -203,7 +203,7 @@ def find(model: ir.Model) -> list[Weight]:
     return list(found.values())
 
 
-def _source(v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
+def source(v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
     """The stored float tensor behind a node input, and the Transpose in between if there is one."""
     through = None
     producer = v.producer()

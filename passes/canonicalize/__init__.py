@@ -5,7 +5,8 @@
 - arithmetic in front of weights is folded, equal constant expressions are merged;
 - Einsum with a constant matrix becomes MatMul;
 - QuantizeLinear of a constant becomes its codes;
-- BatchNormalization and Gemm's alpha/beta are folded into weights, in float64;
+- BatchNormalization and Gemm's alpha/beta are folded into weights, constants added behind a convolution into its bias,
+  in float64;
 - debug metadata of exporters is dropped, dead nodes and initializers go.
 
 RMSNorm, LayerNorm, GELU, SiLU and rotary embeddings, decomposed or not, are left exactly as they are.
@@ -17,7 +18,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from qgraph import graph
-from qgraph.passes.canonicalize import affine, constants, einsum, quantized
+from qgraph.passes.canonicalize import affine, bias, constants, einsum, quantized
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
 
@@ -37,6 +38,8 @@ class Canonicalize(Pass):
 
         fold_batch_norm: bool = True
         """Fold BatchNormalization into the convolution before it."""
+        to_gemm: bool = False
+        """MatMul with 2-D operands and a constant Add become Gemm: integer kernels take the bias inside."""
         freeze_inputs: bool = False
         """Treat initializers that are also graph inputs as constants (callers can no longer override them)."""
 
@@ -53,6 +56,7 @@ class Canonicalize(Pass):
         if options.fold_batch_norm:
             changed |= affine.fold_batch_norm(model)
         changed |= affine.fold_gemm_factors(model)
+        changed |= bias.fold(model, to_gemm=options.to_gemm)
         changed |= quantized.fold_quantize(model)
         for node in graph.nodes(model):
             for key in _DEBUG_METADATA:

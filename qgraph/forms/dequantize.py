@@ -23,6 +23,8 @@ class Dequantize(Form):
     name: ClassVar[str] = "dequantize-linear"
     summary: ClassVar[str] = "DequantizeLinear before the operator (ONNX standard, any runtime)"
     domains: ClassVar[Mapping[str, int]] = {"": 0}
+    with_zero_point: ClassVar[bool] = False
+    """Write zero points also where they are all zero."""
 
     def refuses(self, request: Request) -> str:
         """Activations must be float; the granularity must have an ONNX form."""
@@ -60,7 +62,7 @@ class Dequantize(Form):
         untransposed = use.through is not None and weight.is_tied
         home, anchor = writer.place(weight, use)
         # ONNX Runtime moves a Transpose before the DequantizeLinear; without a zero point 1.23 takes codes for uint8.
-        values = constants(writer, weight, q, matrix, dims, home, with_zero_point=untransposed)
+        values = constants(writer, weight, q, matrix, dims, home, with_zero_point=untransposed or self.with_zero_point)
         form = matrix.onnx_form(q.spec, dims)
         assert not isinstance(form, str)
         axis, block, _ = form

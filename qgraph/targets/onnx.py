@@ -5,8 +5,9 @@ from __future__ import annotations
 from qgraph.forms.dequantize import Dequantize
 from qgraph.forms.dynamic import DynamicInteger
 from qgraph.forms.gather_rows import GatherRows
+from qgraph.forms.static import StaticInteger
 from qgraph.registry import register
-from qgraph.target import Target
+from qgraph.target import Integers, Target
 
 _WEIGHTS = "int8 weights per output channel: nearly no error on any runtime; how fast they run is the runtime's affair"
 
@@ -15,15 +16,23 @@ ONNX = register(
         name="onnx",
         summary="portable: DequantizeLinear and other standard operators only",
         forms={
-            "matmul": (DynamicInteger(), Dequantize()),
-            "gemm": (DynamicInteger(), Dequantize()),
-            "conv": (Dequantize(),),
-            "conv_transpose": (Dequantize(),),
+            "matmul": (StaticInteger(), DynamicInteger(), Dequantize()),
+            "gemm": (StaticInteger(), DynamicInteger(), Dequantize()),
+            "conv": (StaticInteger(), Dequantize()),
+            "conv_transpose": (StaticInteger(), Dequantize()),
             "gather": (GatherRows(),),
             "slice": (GatherRows(),),
             "rnn": (Dequantize(),),
         },
         max_opset=25,
+        integers=Integers(
+            weighted={"Conv": False, "ConvTranspose": False, "Gemm": True, "MatMul": True},
+            joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu"}),
+            moves=frozenset(
+                {"Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "Slice", "Pad"}
+            ),
+            types=("uint8.tensor.asym", "int8.tensor.asym", "uint16.tensor.asym", "int16.tensor.sym"),
+        ),
         auto={
             "matmul": (("int8.ch", "float", _WEIGHTS), ("int8.tensor", "float", _WEIGHTS)),
             "gemm": (("int8.ch", "float", _WEIGHTS), ("int8.tensor", "float", _WEIGHTS)),

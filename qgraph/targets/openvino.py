@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from qgraph.forms.dequantize import Dequantize
+from qgraph.forms.static import StaticInteger
 from qgraph.registry import register
-from qgraph.target import Request, Target
+from qgraph.target import Integers, Request, Target
 
 
 class WholeBlocks(Dequantize):
@@ -51,9 +52,20 @@ OPENVINO = register(
         name="openvino",
         summary="OpenVINO >= 2025 on CPU",
         forms={
-            kind: (WholeBlocks(),)
-            for kind in ("matmul", "gemm", "conv", "conv_transpose", "gather", "slice", "rnn")
+            **{
+                kind: (StaticInteger(), WholeBlocks())
+                for kind in ("matmul", "gemm", "conv", "conv_transpose")
+            },
+            **{kind: (WholeBlocks(),) for kind in ("gather", "slice", "rnn")},
         },
+        integers=Integers(
+            weighted={"Conv": False, "ConvTranspose": False, "Gemm": True, "MatMul": True},
+            joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu"}),
+            moves=frozenset(
+                {"Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "Slice", "Pad"}
+            ),
+            types=("uint8.tensor.asym", "int8.tensor.asym"),
+        ),
         auto={
             "matmul": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),
             "gemm": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),

@@ -15,8 +15,9 @@ from qgraph.forms.dynamic import DynamicInteger
 from qgraph.forms.gather_block import GatherBlock
 from qgraph.forms.gather_rows import GatherRows
 from qgraph.forms.matmul_nbits import MatMulNBits
+from qgraph.forms.static import StaticInteger
 from qgraph.registry import register
-from qgraph.target import Request, Target
+from qgraph.target import Integers, Request, Target
 
 _INT8 = (
     "8-bit blocks in MatMulNBits: the fastest form without calibration that keeps its accuracy where "
@@ -45,14 +46,23 @@ def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
     return ort.inspect(path, outputs)
 
 
+INTEGERS = Integers(
+    weighted={"Conv": False, "Gemm": True, "MatMul": True},
+    joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}),
+    moves=frozenset(
+        {"Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "Slice", "Pad"}
+    ),
+    types=("uint8.tensor.asym", "int8.tensor.asym"),
+)
+
 ORT = register(
     Target(
         name="ort",
         summary="stock ONNX Runtime >= 1.23 on CPU",
         forms={
-            "matmul": (DynamicInteger(), MatMulNBits(), Unfused()),
-            "gemm": (DynamicInteger(), MatMulNBits(), Unfused()),
-            "conv": (Dequantize(),),
+            "matmul": (StaticInteger(), DynamicInteger(), MatMulNBits(), Unfused()),
+            "gemm": (StaticInteger(), DynamicInteger(), MatMulNBits(), Unfused()),
+            "conv": (StaticInteger(), Dequantize()),
             "conv_transpose": (Dequantize(),),
             "gather": (GatherRows(tied=False), GatherBlock(), GatherRows()),
             "slice": (GatherRows(),),
@@ -74,6 +84,7 @@ ORT = register(
             "rnn": (("int8.ch", "float", _PORTABLE), ("int8.tensor", "float", _PORTABLE)),
         },
         inspect=inspect,
+        integers=INTEGERS,
         notes=(
             "MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",
         ),
