@@ -80,12 +80,10 @@ def _static(
                 "give samples (--data) and put the pass observe before assign-precision",
             )
         )  # fmt: skip
-    options = dict(ctx.recipe.options.get("observe", {}))
-    method = str(options.get("method", "mse"))
     gone: dict[str, str] = {}
     while True:
         candidates = {u.node: specs[w.name] for w in held.values() for u in w.uses}
-        made = grids.find(model, ctx.target.integers, candidates, ctx.stats, method, {})
+        made = grids.find(model, ctx.target.integers, candidates, ctx.stats)
         lost = {
             w.name: made.regions.refused[u.node]
             for w in held.values()
@@ -96,7 +94,7 @@ def _static(
             break
         gone.update(lost)
         held = {name: w for name, w in held.items() if name not in lost}
-    for decision in made.decisions(method):
+    for decision in made.decisions(ctx.stats.choice.method):
         ctx.plan.add(decision)
     activations.remember(made.regions, ctx.plan)
     return gone

@@ -4,6 +4,8 @@
 
 This serves models that arrive with their own Q/DQ; what insert-qdq wrote is in the target's form already. A weight is
 lowered with all its uses or not at all, since its codes would otherwise be stored twice.
+
+Static INT8 is checked in the graph that the runtime executes, and taken back where it runs in float (`qgraph.legalize`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import graph, weights
+from qgraph import graph, legalize, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.registry import register
 from qgraph.report import Entry
@@ -46,7 +48,7 @@ class FuseQdq(Pass):
             if not any(str(u.node.outputs[0].name) in written for u in weight.uses):
                 changed |= self._lower(writer, weight, dequantize, ctx)
         graph.remove_dead(model)
-        return changed
+        return legalize.run(model, ctx) or changed
 
     def _lower(self, writer: Writer, weight: Weight, dequantize: ir.Node, ctx: Context) -> bool:
         q = _read(dequantize, weight)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph import activations, graph, opset, qdq, weights
+from qgraph import activations, graph, macs, opset, qdq, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.plan import Decision
 from qgraph.registry import register
+from qgraph.report import Operator
 from qgraph.target import Request, Writer
 from qgraph.weights import Use, Weight
 
@@ -28,6 +29,7 @@ class InsertQdq(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Consume `ctx.plan`."""
+        _count_operators(model, ctx)
         needed = max((self._opset(w, d, ctx) for w, d in _planned(model, ctx)), default=0)
         if needed > graph.opset(model):
             opset.raise_opset(model, needed)
@@ -40,16 +42,21 @@ class InsertQdq(Pass):
         todo.sort(key=lambda item: position[item[0].node])
         writer = Writer(model, ctx.spool)
         regions, grids = activations.recall(model, ctx.plan)
-        by_input = {n: grids.get(n.inputs[0]) for n in regions.operators if n.inputs[0]}
+        placed = ctx.placed = qdq.Placed()
+        for weight, decision in planned:
+            if decision.activation is not None and not decision.activation.dynamic:
+                assert weight.value.const_value is not None
+                placed.weights[weight.name] = weight.value.const_value
+                placed.uses[weight.name] = [u.node for u in weight.uses]
         for index, (use, form_name, weight, decision) in enumerate(todo):
             ctx.progress(f"writing {weight.label}", index / len(todo))
             self._write(writer, use, form_name, weight, decision, ctx)
         for weight, decision in planned:
             _record(weight, decision, ctx)
-        for node, grid in by_input.items():
-            if grid is not None:
-                qdq.write_bias(writer, node, grid)
-        qdq.write(writer, regions, grids)
+        for node in dict.fromkeys(n for nodes in placed.uses.values() for n in nodes):
+            assert node.inputs[0] is not None
+            placed.write_bias(writer, node, grids[node.inputs[0]])
+        placed.write(writer, regions, grids)
         ctx.plan.solved.clear()
         changed = bool(todo)
         graph.remove_dead(model)
@@ -87,6 +94,19 @@ class InsertQdq(Pass):
         record = ctx.records.setdefault(weight.name, {})
         record.setdefault("nodes", []).append(
             {"form": form_name, "node": made.name or "", "output": str(made.outputs[0].name)}
+        )
+
+
+def _count_operators(model: ir.Model, ctx: Context) -> None:
+    """Remember what every operator with products costs, while the model is still float."""
+    if not ctx.plan.operators or ctx.data is None:
+        return
+    readers = {str(u.node.outputs[0].name): w.name for w in weights.find(model) for u in w.uses}
+    nodes = {str(n.outputs[0].name): n for n in model.graph if n.outputs}
+    for output, count in macs.count(model, next(iter(ctx.data))).items():
+        node = nodes[output]
+        ctx.operators[output] = Operator(
+            output, node.op_type, node.name or "", readers.get(output, ""), count
         )
 
 

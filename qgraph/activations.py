@@ -69,7 +69,7 @@ def remember(regions: Regions, plan: QuantPlan) -> None:
     """Write the regions into a plan, by name."""
 
     def named(nodes: Iterable[ir.Node]) -> list[str]:
-        return [str(n.outputs[0].name) for n in nodes]
+        return sorted(str(n.outputs[0].name) for n in nodes)
 
     plan.operators = {str(n.outputs[0].name): i for n, i in regions.operators.items()}
     plan.absorbed, plan.moves = named(regions.absorbed), named(regions.moves)
@@ -101,6 +101,7 @@ def find(
     integers: Integers,
     candidates: Collection[ir.Node],
     blocked: Mapping[ir.Value, str] | None = None,
+    only: Collection[ir.Node] | None = None,
 ) -> Regions:
     """The regions that compute on codes.
 
@@ -109,10 +110,11 @@ def find(
         integers: what the target computes on codes.
         candidates: operators whose weights have an integer form, or that multiply two activations.
         blocked: values that can have no grid, with the reason.
+        only: the operators without weights that may take part; None for all.
     """
     held, reasons = dict.fromkeys(candidates), dict[ir.Node, str]()
-    barred: set[ir.Node] = set()
     order = graph.nodes(model)
+    barred = set[ir.Node]() if only is None else {n for n in order if n not in only}
     while True:
         regions = _Walk(integers, held, barred).run(order)
         bad = _bad(regions, blocked or {})
@@ -296,7 +298,12 @@ def activation_inputs(node: ir.Node) -> tuple[int, ...]:
 
 def _is_weight(node: ir.Node, index: int) -> bool:
     v = node.inputs[index]
-    return v is not None and weights.source(v)[0] is not None
+    if v is None:
+        return False
+    held = v.producer()
+    if held is not None and held.op_type == "DequantizeLinear" and graph.is_constant(held.inputs[0]):
+        return True
+    return weights.source(v)[0] is not None
 
 
 def data_inputs(node: ir.Node) -> list[int]:

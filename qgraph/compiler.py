@@ -119,7 +119,7 @@ def optimize(
     report = _new_report(model, work, chosen, goal, destination)
     spool = Spool(destination.parent if destination else None)
     ctx = Context(goal, chosen, data=data, spool=spool, threads=threads)
-    ctx.progress = progress or ctx.progress
+    ctx.progress, ctx.inspect = progress or ctx.progress, inspect
     timer, checker = Timer(), EquivalenceChecker()
     watchers: list[Instrument] = [timer]
     if verify != "off":
@@ -132,7 +132,7 @@ def optimize(
         checker.lines,
         ctx.diagnostics,
     )
-    report.ledger = ledger.entries(ctx)
+    report.ledger, report.activations = ledger.entries(ctx), ledger.activations(ctx)
     _stamp(work, chosen)
     result = Result(work, report, report.metrics)
     # Saved under a temporary name, looked at, held to the floors: only then does the output appear.

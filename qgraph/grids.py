@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,8 +51,6 @@ def find(
     integers: Integers,
     candidates: Mapping[ir.Node, QuantSpec],
     stats: Stats,
-    method: str,
-    options: Mapping[str, Any],
 ) -> Gridded:
     """Regions and their grids; what can have no grid stays float, with all that would need it.
 
@@ -61,9 +58,7 @@ def find(
         model: a canonical float model.
         integers: what the target computes on codes.
         candidates: operators that may compute on codes → spec of their activations.
-        stats: what calibration saw.
-        method: how a range is chosen (`qgraph.observers.METHODS`).
-        options: options of that method.
+        stats: what calibration saw, and how ranges are chosen.
     """
     blocked: dict[ir.Value, str] = {}
     while True:
@@ -73,9 +68,9 @@ def find(
         for group in regions.groups():
             roots = regions.roots(group)
             spec = _spec(group, regions, candidates)
-            found = _choose(roots, spec, stats, method, options)
+            found = _choose(roots, spec, stats)
             if isinstance(found, NoGrid):
-                refused.update({roots[0]: found.reason})
+                refused[roots[0]] = found.reason
             else:
                 grids.update(dict.fromkeys(group, _bounded(found, roots, regions)))
         if not refused:
@@ -95,22 +90,16 @@ def _spec(
     return replace(spec, symmetric=False) if is_bounded and spec.symmetric else spec
 
 
-def _choose(
-    roots: list[ir.Value],
-    spec: QuantSpec,
-    stats: Stats,
-    method: str,
-    options: Mapping[str, Any],
-) -> Grid | NoGrid:
+def _choose(roots: list[ir.Value], spec: QuantSpec, stats: Stats) -> Grid | NoGrid:
     held = [stats.get(str(v.name)) for v in roots]
     if len(roots) == 1 and held[0] is not None:
-        return choose(held[0], spec, method, **options)
+        return choose(held[0], spec, stats.choice)
     merged = TensorStats()
     for v, each in zip(roots, held, strict=True):
         if each is None:
             return NoGrid(f"calibration did not see {v.name!r}")
         merged.merge(each)
-    return choose(merged, spec, method, **options)
+    return choose(merged, spec, stats.choice)
 
 
 def _bounded(grid: Grid, roots: list[ir.Value], regions: Regions) -> Grid:

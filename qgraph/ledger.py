@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from qgraph import errors, files
+from qgraph.executed.match import Ran
 from qgraph.pipeline import Context
-from qgraph.report import Entry, Report
+from qgraph.report import Activation, Entry, Report
 from qgraph.target import Target
 
 
@@ -33,6 +35,43 @@ def entries(ctx: Context) -> list[Entry]:
     return ledger + arrived
 
 
+def activations(ctx: Context) -> list[Activation]:
+    """One line per activation with a static grid, in graph order."""
+    return [
+        Activation(
+            d.value, str(d.grid.spec), d.grid.low, d.grid.high, d.grid.scale, d.grid.zero_point,
+            d.solver, d.shares, d.reason,
+        )
+        for d in ctx.plan.decisions.values()
+        if d.grid is not None
+    ]  # fmt: skip
+
+
+def _count_macs(report: Report, ctx: Context, ran: Mapping[str, Ran]) -> None:
+    """What runs for every operator with products, and which share of them is integer."""
+    for operator in ctx.operators.values():
+        found = ran.get(operator.output)
+        operator.runs = found.kernel if found else ""
+        operator.integer = found is not None and found.how == "integer"
+        if operator.integer:
+            continue
+        decision = ctx.plan.decisions.get(operator.weight)
+        if decision is not None and decision.spec is None:
+            operator.code, operator.reason = decision.code, decision.reason
+        elif decision is not None:
+            operator.reason = f"its weight is {decision.spec}, its activations are float"
+        else:
+            operator.code = "QG314"
+            operator.reason = "a product of activations; they stay float"
+    report.operators = list(ctx.operators.values())
+    total = sum(o.macs for o in report.operators)
+    if total:
+        report.integer_macs = sum(o.macs for o in report.operators if o.integer) / total
+        report.checks.append(
+            f"{report.integer_macs:.1%} of the multiplications of one sample run in integer kernels"
+        )
+
+
 def ask_runtime(
     report: Report, ctx: Context, goal: Target, path: Path, source: files.Source
 ) -> None:
@@ -42,8 +81,10 @@ def ask_runtime(
         errors.VerificationError: QG202 where the runtime takes the float model but not the quantized one.
     """
     outputs = [n["output"] for r in ctx.records.values() for n in r.get("nodes", ())]
+    report.operators = list(ctx.operators.values())
     if not outputs or goal.inspect is None:
         return
+    outputs = list(dict.fromkeys([*outputs, *ctx.operators]))
     ctx.progress(f"asking {goal.name} what it runs", 0.0)
     try:
         ran = goal.inspect(str(path), outputs)
@@ -53,6 +94,7 @@ def ask_runtime(
     for entry in report.ledger:
         nodes = ctx.records.get(entry.weight, {}).get("nodes", ())
         entry.runs = [str(ran[n["output"]].kernel) for n in nodes if n["output"] in ran]
+    _count_macs(report, ctx, ran)
     report.checks.append(
         f"the fusion check opened the model in {goal.name} and read the graph that it executes"
     )

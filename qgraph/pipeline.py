@@ -23,7 +23,9 @@ from qgraph.plan import QuantPlan
 from qgraph.spool import Spool
 
 if TYPE_CHECKING:
+    from qgraph.qdq import Placed
     from qgraph.recipe import Recipe
+    from qgraph.report import Operator
     from qgraph.target import Target
 
 
@@ -57,7 +59,11 @@ OptionsType = TypeVar("OptionsType", bound=PassOptions)
 
 @dataclass
 class Context:
-    """What travels beside the model: target, recipe, data, plan, findings, and where to put large things."""
+    """What travels beside the model: target, recipe, data, plan, findings, and where to put large things.
+
+    `placed` is what insert-qdq wrote for static grids, `operators` what the operators of the float model cost, by
+    output; `inspect` says that the target's runtime may be asked what it executes.
+    """
 
     target: Target
     recipe: Recipe
@@ -67,6 +73,9 @@ class Context:
     facts: set[Fact] = field(default_factory=set)
     diagnostics: list[errors.Diagnostic] = field(default_factory=list)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    operators: dict[str, Operator] = field(default_factory=dict)
+    placed: Placed | None = None
+    inspect: bool = True
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     spool: Spool = field(default_factory=Spool)
     threads: int = 1

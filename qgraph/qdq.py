@@ -7,6 +7,7 @@ inside, since runtimes do not fuse across bodies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,48 +21,142 @@ if TYPE_CHECKING:
     from qgraph.observers import Grid
 
 
-def write(
-    writer: Writer, regions: Regions, grids: Mapping[ir.Value, Grid]
-) -> dict[str, list[ir.Node]]:
-    """Insert the pairs; returns the Q and DQ nodes made for each value, by name."""
-    made: dict[str, list[ir.Node]] = {}
-    for value, grid in grids.items():
-        made[str(value.name)] = _around(writer, regions, value, grid)
-    return made
+@dataclass
+class Placed:
+    """What was written for the static grids of a model, so that some of it can be taken back.
 
+    Attributes:
+        pairs: value and its DequantizeLinear's output, in the order of insertion.
+        outputs: graph outputs that were renamed: value now hidden → its own name.
+        weights: float tensor of each weight, by name.
+        uses: weight → the operators that read it.
+        biases: operator → its float bias.
+    """
 
-def _around(writer: Writer, regions: Regions, value: ir.Value, grid: Grid) -> list[ir.Node]:
-    home = _home(writer.model, value)
-    everywhere = value in regions.produced
-    is_output = value.is_graph_output()
-    uses = [
-        (node, index)
-        for node, index in value.uses()
-        if everywhere or regions.reads_codes(node, index)
-    ]
-    by_graph: dict[ir.Graph, list[tuple[ir.Node, int]]] = {}
-    for node, index in uses:
-        by_graph.setdefault(graph.owner(node), []).append((node, index))
-    nodes: list[ir.Node] = []
-    if everywhere and (is_output or home not in by_graph):
-        by_graph[home] = by_graph.get(home, [])
-    source = value
-    if home in by_graph:
-        pair = _pair(writer, home, value, grid, by_graph[home])
-        nodes += pair
-        if everywhere:
-            source = pair[1].outputs[0]
-            if is_output:
-                _become_output(writer, value, source)
-    for body, inside in by_graph.items():
-        if body is home:
-            continue
-        wants = [(n, i) for n, i in inside if regions.reads_codes(n, i)]
-        for node, index in inside:
-            node.replace_input_with(index, source)
-        if wants:
-            nodes += _pair(writer, body, source, grid, wants)
-    return nodes
+    pairs: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
+    outputs: dict[ir.Value, str] = field(default_factory=dict)
+    weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    uses: dict[str, list[ir.Node]] = field(default_factory=dict)
+    biases: dict[ir.Node, tuple[str, ir.TensorProtocol]] = field(default_factory=dict)
+
+    def write(self, writer: Writer, regions: Regions, grids: Mapping[ir.Value, Grid]) -> None:
+        """Insert the pairs around activations."""
+        for value, grid in grids.items():
+            self._around(writer, regions, value, grid)
+
+    def remove(self) -> None:
+        """Take all pairs around activations back."""
+        for value, dequantized in reversed(self.pairs):
+            graph.replace_uses(dequantized, value)
+            dequantize = dequantized.producer()
+            assert dequantize is not None and dequantize.inputs[0] is not None
+            quantize = dequantize.inputs[0].producer()
+            assert quantize is not None
+            for node in (dequantize, quantize):
+                graph.owner(node).remove(node, safe=True)
+            if value in self.outputs:
+                dequantized.name, value.name = None, self.outputs.pop(value)
+        self.pairs.clear()
+
+    def restore(self, model: ir.Model, weight: str) -> None:
+        """Give the operators of a weight their float weight and bias back."""
+        names = graph.Names(model)
+        made = graph.add_initializer(model.graph, names(weight), self.weights[weight])
+        for node in self.uses[weight]:
+            node.replace_input_with(1, made)
+            if node in self.biases:
+                name, tensor = self.biases.pop(node)
+                bias = graph.add_initializer(model.graph, names(name), tensor)
+                node.replace_input_with(2, bias)
+
+    def _around(self, writer: Writer, regions: Regions, value: ir.Value, grid: Grid) -> None:
+        home = _home(writer.model, value)
+        everywhere = value in regions.produced
+        by_graph: dict[ir.Graph, list[tuple[ir.Node, int]]] = {}
+        for node, index in value.uses():
+            if everywhere or regions.reads_codes(node, index):
+                by_graph.setdefault(graph.owner(node), []).append((node, index))
+        source = value
+        if home in by_graph or everywhere:
+            floats = self._pair(writer, home, value, grid, by_graph.pop(home, []))
+            if everywhere:
+                source = floats
+                if value.is_graph_output():
+                    self.outputs[value] = str(value.name)
+                    _become_output(writer, value, floats)
+        for body, inside in by_graph.items():
+            for node, index in inside:
+                node.replace_input_with(index, source)
+            wants = [(n, i) for n, i in inside if regions.reads_codes(n, i)]
+            if wants:
+                self._pair(writer, body, source, grid, wants)
+
+    def _pair(
+        self,
+        writer: Writer,
+        home: ir.Graph,
+        value: ir.Value,
+        grid: Grid,
+        uses: Sequence[tuple[ir.Node, int]],
+    ) -> ir.Value:
+        """Q and DQ of a value in one graph, read by these uses; returns what DQ gives."""
+        name, qtype = str(value.name), grid.spec.qtype
+        constants = [
+            writer.constant(
+                ("grid", grid.scale), f"{name}.scale", lambda: np.asarray(grid.scale, np.float32)
+            ),
+            writer.constant(
+                ("grid", qtype.name, grid.zero_point),
+                f"{name}.zero_point",
+                lambda: np.asarray(grid.zero_point, qtype.container),
+            ),
+        ]
+        codes = graph.value(writer.names(f"{name}.codes"), qtype.dtype, value.shape)
+        floats = graph.value(writer.names(f"{name}.dequantized"), value.dtype, value.shape)
+        producer = value.producer()
+        after = producer is not None and producer.graph is home
+        anchor = producer if after else home[0]
+        assert anchor is not None
+        quantize = graph.add_node(
+            anchor, "QuantizeLinear", [value, *constants], [codes],
+            name=writer.names(f"{name}.QuantizeLinear"), after=after,
+        )  # fmt: skip
+        graph.add_node(
+            quantize, "DequantizeLinear", [codes, *constants], [floats],
+            name=writer.names(f"{name}.DequantizeLinear"), after=True,
+        )  # fmt: skip
+        for node, index in uses:
+            node.replace_input_with(index, floats)
+        self.pairs.append((value, floats))
+        return floats
+
+    def write_bias(self, writer: Writer, node: ir.Node, grid: Grid) -> None:
+        """Turn the constant float bias of a Conv or Gemm into int32 behind DequantizeLinear, scale = s_x * s_w."""
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            return
+        weight = node.inputs[1]
+        dequantize = weight.producer() if weight is not None else None
+        assert dequantize is not None and bias.const_value is not None
+        scales = dequantize.inputs[1]
+        assert scales is not None
+        values = np.asarray(graph.array(bias), np.float32).reshape(-1)
+        scale = numerics.bias_scale(grid.scale, graph.array(scales).reshape(-1), values.size)
+        codes = numerics.bias_codes(values, scale)
+        key = ("bias", str(bias.name), grid.scale, str(scales.name))
+        parts = {"codes": codes, "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
+        constants = [
+            writer.constant((*key, part), f"{bias.name}.{part}", lambda a=array: a)  # type: ignore[misc]
+            for part, array in parts.items()
+        ]
+        out = graph.value(writer.names(f"{bias.name}.dequantized"), bias.dtype, values.shape)
+        graph.add_node(
+            node, "DequantizeLinear", constants, [out],
+            name=writer.names(f"{bias.name}.DequantizeLinear"),
+            attributes={"axis": 0} if scale.ndim else {},
+        )  # fmt: skip
+        node.replace_input_with(2, out)
+        self.biases[node] = (str(bias.name), bias.const_value)
 
 
 def _home(model: ir.Model, value: ir.Value) -> ir.Graph:
@@ -69,44 +164,6 @@ def _home(model: ir.Model, value: ir.Value) -> ir.Graph:
     if producer is not None:
         return graph.owner(producer)
     return value.graph if isinstance(value.graph, ir.Graph) else model.graph
-
-
-def _pair(
-    writer: Writer,
-    home: ir.Graph,
-    value: ir.Value,
-    grid: Grid,
-    uses: Sequence[tuple[ir.Node, int]],
-) -> list[ir.Node]:
-    """Q and DQ of a value in one graph, read by these uses."""
-    name, qtype = str(value.name), grid.spec.qtype
-    constants = [
-        writer.constant(
-            ("grid", grid.scale), f"{name}.scale", lambda: np.asarray(grid.scale, np.float32)
-        ),
-        writer.constant(
-            ("grid", qtype.name, grid.zero_point),
-            f"{name}.zero_point",
-            lambda: np.asarray(grid.zero_point, qtype.container),
-        ),
-    ]
-    codes = graph.value(writer.names(f"{name}.codes"), qtype.dtype, value.shape)
-    floats = graph.value(writer.names(f"{name}.dequantized"), value.dtype, value.shape)
-    producer = value.producer()
-    after = producer is not None and producer.graph is home
-    anchor = producer if after else home[0]
-    assert anchor is not None
-    quantize = graph.add_node(
-        anchor, "QuantizeLinear", [value, *constants], [codes],
-        name=writer.names(f"{name}.QuantizeLinear"), after=after,
-    )  # fmt: skip
-    dequantize = graph.add_node(
-        quantize, "DequantizeLinear", [codes, *constants], [floats],
-        name=writer.names(f"{name}.DequantizeLinear"), after=True,
-    )  # fmt: skip
-    for node, index in uses:
-        node.replace_input_with(index, floats)
-    return [quantize, dequantize]
 
 
 def _become_output(writer: Writer, old: ir.Value, new: ir.Value) -> None:
@@ -120,41 +177,3 @@ def _become_output(writer: Writer, old: ir.Value, new: ir.Value) -> None:
     old.name = writer.names(f"{name}.float")
     new.name = name
     new.type, new.shape = old.type, old.shape
-
-
-def write_bias(writer: Writer, node: ir.Node, grid: Grid) -> str:
-    """Turn the float bias of a Conv or Gemm into int32 behind DequantizeLinear, scale = s_x * s_w.
-
-    Returns:
-        "" or why the bias stays float.
-    """
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
-        return ""
-    weight = node.inputs[1]
-    dequantize = weight.producer() if weight is not None else None
-    values = graph.small_array(bias, 1 << 24)
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or values is None:
-        return "its bias is not constant"
-    scales = dequantize.inputs[1]
-    assert scales is not None
-    scale = numerics.bias_scale(grid.scale, graph.array(scales).reshape(-1), values.size)
-    codes = numerics.bias_codes(values.reshape(-1), scale)
-    key = ("bias", str(bias.name), grid.scale, str(scales.name))
-    constants = [
-        writer.constant((*key, "codes"), f"{bias.name}.codes", lambda: codes),
-        writer.constant((*key, "scale"), f"{bias.name}.scale", lambda: scale),
-        writer.constant(
-            (*key, "zero"), f"{bias.name}.zero_point", lambda: np.zeros(scale.shape, np.int32)
-        ),
-    ]
-    out = graph.value(writer.names(f"{bias.name}.dequantized"), bias.dtype, values.reshape(-1).shape)
-    graph.add_node(
-        node, "DequantizeLinear", constants, [out],
-        name=writer.names(f"{bias.name}.DequantizeLinear"),
-        attributes={"axis": 0} if scale.ndim else {},
-    )  # fmt: skip
-    node.replace_input_with(2, out)
-    return ""
-
-

@@ -55,6 +55,60 @@ class Entry:
     pass_name: str = ""
 
 
+@dataclass(slots=True)
+class Activation:
+    """One activation with a static grid.
+
+    Attributes:
+        value: its name.
+        spec: type of the codes.
+        low: smallest value on the grid.
+        high: largest value on the grid.
+        scale: value of one step.
+        zero_point: code of 0.0.
+        method: how the range was chosen.
+        shares: the first of the values that share the grid, "" where none does.
+        reason: which operators compute on its codes.
+    """
+
+    value: str
+    spec: str
+    low: float
+    high: float
+    scale: float
+    zero_point: int
+    method: str
+    shares: str = ""
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Operator:
+    """One operator that multiplies: Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU, RNN.
+
+    Attributes:
+        output: its first output.
+        op: operator type in the float model.
+        name: its name, "" where it has none.
+        weight: the weight that it reads, "" for a product of activations.
+        macs: multiply-accumulates for one sample.
+        runs: what the runtime executes for it, "" where it was not asked.
+        integer: the runtime multiplies integers.
+        code: diagnostic code where it does not.
+        reason: why.
+    """
+
+    output: str
+    op: str
+    name: str
+    weight: str
+    macs: int
+    runs: str = ""
+    integer: bool = False
+    code: str = ""
+    reason: str = ""
+
+
 @dataclass
 class Report:
     """What one run of `optimize` did. `to_json` is stable: pipelines may rely on its keys."""
@@ -66,6 +120,10 @@ class Report:
     float_bytes: int = 0
     output_bytes: int = 0
     ledger: list[Entry] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
+    integer_macs: float | None = None
+    """Share of multiply-accumulates in integer kernels, 0..1; None where the runtime was not asked."""
     diagnostics: list[errors.Diagnostic] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)

@@ -74,9 +74,12 @@ def what_runs(
         steps: how far a value is followed down, and a kernel is searched up.
     """
     consumers = _consumers(model) if model is not None else {}
+    readers = _Readers(executed, model, outputs) if model is not None else None
     found = {}
     for name in outputs:
         node = _landing(executed, name, consumers, steps)
+        if node is None and readers is not None:
+            node = readers.of(name)
         kernels = _kernels(executed, node, steps) if node is not None else []
         found[name] = _describe(executed, kernels or [node])
     return found
@@ -103,6 +106,54 @@ def _landing(
             return None
         name = users[0].outputs[0].name or ""
     return None
+
+
+class _Readers:
+    """Finds the executed node by the weight codes that it reads: layout changes rename values, but no constants."""
+
+    def __init__(self, executed: ExecutedGraph, model: ir.Model, outputs: Sequence[str]) -> None:
+        self._executed = executed
+        self._codes: dict[str, str] = {}
+        self._uses: dict[str, list[str]] = defaultdict(list)
+        asked = set(outputs)
+        for node in graph.nodes(model):
+            name = (node.outputs[0].name or "") if node.outputs else ""
+            codes = _weight_codes(node) if name in asked else ""
+            if codes:
+                self._codes[name] = codes
+                self._uses[codes].append(name)
+
+    def of(self, output: str) -> ExecutedNode | None:
+        """The node for the operator with that output; where several read its codes, the one of the same rank."""
+        codes = self._codes.get(output)
+        if codes is None:
+            return None
+        found = _reading(self._executed, codes)
+        rank = self._uses[codes].index(output)
+        return found[rank] if len(found) == len(self._uses[codes]) else None
+
+
+def _weight_codes(node: ir.Node) -> str:
+    """The name of the codes behind the DequantizeLinear that an operator reads its weight from."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    source = weight.producer() if weight is not None else None
+    if source is None or source.op_type != "DequantizeLinear" or source.inputs[0] is None:
+        return ""
+    return (source.inputs[0].name or "") if graph.is_constant(source.inputs[0]) else ""
+
+
+def _reading(executed: ExecutedGraph, name: str) -> list[ExecutedNode]:
+    """The kernels that read a constant, through layout changes and DequantizeLinear."""
+    found: list[ExecutedNode] = []
+    for node in executed.nodes:
+        if name not in node.inputs:
+            continue
+        if node.op not in LIGHT:
+            found.append(node)
+            continue
+        passed = [node.name] if executed.runtime == "openvino" else node.outputs
+        found += [n for each in passed if each != name for n in _reading(executed, each)]
+    return found
 
 
 def _kernels(executed: ExecutedGraph, start: ExecutedNode, steps: int) -> list[ExecutedNode]:
