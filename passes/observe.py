@@ -10,7 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qgraph import calibrate, data, errors, graph
+from qgraph import activations, calibrate, data, errors, graph
 from qgraph.observers import Choice, Stats, Wanted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
@@ -54,7 +54,7 @@ class Observe(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.stats`."""
         options = self.options_as(Observe.Options)
-        names = observed(model)
+        names = _wanted(model, ctx)
         if ctx.data is None:
             raise errors.InputError(
                 errors.Diagnostic(
@@ -80,6 +80,14 @@ class Observe(Pass):
         )
         ctx.stats = Stats(stats, choice)
         return False
+
+
+def _wanted(model: ir.Model, ctx: Context) -> list[str]:
+    """What the recipe may put on a grid; every activation that could have one where no rule asks for grids."""
+    is_static = any(rule.is_static for rule in ctx.recipe.rules)
+    if is_static and ctx.target.integers is not None:
+        return activations.observed(model, ctx.target.integers)
+    return observed(model)
 
 
 def observed(model: ir.Model) -> list[str]:

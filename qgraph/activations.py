@@ -342,7 +342,8 @@ def bounds_of(node: ir.Node) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
-def observed(model: ir.Model, integers: Integers, candidates: Collection[ir.Node]) -> list[str]:
-    """Names of the values whose statistics decide grids: the roots of every group that there may be."""
-    regions = find(model, integers, candidates)
-    return [str(v.name) for group in regions.groups() for v in regions.roots(group)]
+def observed(model: ir.Model, integers: Integers) -> list[str]:
+    """Names of all values that may get a grid, whatever the weights' rules say, in graph order."""
+    weighted = {u.node for w in weights.find(model) for u in w.uses if not u.reason}
+    candidates = [n for n in graph.nodes(model) if n in weighted and n.op_type in integers.weighted]
+    return [str(v.name) for v in find(model, integers, candidates).grids]
