@@ -5,7 +5,7 @@
 This serves models that arrive with their own Q/DQ; what insert-qdq wrote is in the target's form already. A weight is
 lowered with all its uses or not at all, since its codes would otherwise be stored twice.
 
-Static INT8 is checked in the graph that the runtime executes, and taken back where it runs in float (`qgraph.legalize`).
+Static INT8 is checked in the graph that the runtime executes and taken back where it runs in float (`qgraph.legalize`).
 """
 
 from __future__ import annotations

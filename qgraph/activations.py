@@ -29,6 +29,7 @@ from qgraph.target import Integers
 if TYPE_CHECKING:
     from qgraph.observers import Grid
 
+
 @dataclass
 class Regions:
     """What the analysis found.
@@ -149,7 +150,7 @@ def _touches(node: ir.Node, regions: Regions, bad: Mapping[ir.Value, str]) -> bo
 def _why(node: ir.Node, regions: Regions, bad: Mapping[ir.Value, str]) -> str:
     for index in regions.operators[node]:
         v = node.inputs[index]
-        if v in bad:
+        if v is not None and v in bad:
             return f"its input {v.name!r} has no static grid: {bad[v]}"
     end = end_of(node)
     return f"its output {end.name!r} has no static grid: {bad[end]}"
@@ -283,7 +284,7 @@ def _keeps_values(node: ir.Node) -> bool:
         filling = graph.small_array(held)
         if held is not None and (filling is None or filling.any()):
             return False
-        return graph.attribute(node, "value", 0.0) == 0.0
+        return float(graph.attribute(node, "value", 0.0)) == 0.0
     if node.op_type in ("Gather", "Slice", "Reshape"):
         return not graph.is_constant(node.inputs[0])
     return len(node.outputs) == 1
@@ -301,7 +302,11 @@ def _is_weight(node: ir.Node, index: int) -> bool:
     if v is None:
         return False
     held = v.producer()
-    if held is not None and held.op_type == "DequantizeLinear" and graph.is_constant(held.inputs[0]):
+    if (
+        held is not None
+        and held.op_type == "DequantizeLinear"
+        and graph.is_constant(held.inputs[0])
+    ):
         return True
     return weights.source(v)[0] is not None
 

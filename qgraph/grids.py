@@ -39,9 +39,15 @@ class Gridded:
                 shares = first if len(group) > 1 else ""
                 made.append(
                     Decision(
-                        str(v.name), "activation", grid.spec, method, reason, "assign-precision",
-                        grid=grid, shares=shares,
-                    )  # fmt: skip
+                        str(v.name),
+                        "activation",
+                        grid.spec,
+                        method,
+                        reason,
+                        "assign-precision",
+                        grid=grid,
+                        shares=shares,
+                    )
                 )
         return made
 
@@ -127,8 +133,10 @@ def _reason(v: ir.Value, regions: Regions) -> str:
     readers = sorted({n.op_type for n, i in v.uses() if regions.reads_codes(n, i)})
     producer = v.producer()
     if readers:
-        text = f"{', '.join(readers)} computes on its codes" if len(readers) == 1 else (
-            f"{', '.join(readers)} compute on its codes"
+        text = (
+            f"{', '.join(readers)} computes on its codes"
+            if len(readers) == 1
+            else (f"{', '.join(readers)} compute on its codes")
         )
     else:
         assert producer is not None

@@ -40,9 +40,7 @@ def _unfused(model: ir.Model, ctx: Context) -> dict[str, str]:
     placed = ctx.placed
     if placed is None or not placed.uses or ctx.target.inspect is None or not ctx.inspect:
         return {}
-    outputs = {
-        str(n.outputs[0].name): w for w, nodes in placed.uses.items() for n in nodes
-    }
+    outputs = {str(n.outputs[0].name): w for w, nodes in placed.uses.items() for n in nodes}
     ctx.progress(f"asking {ctx.target.name} what it runs", 0.0)
     with tempfile.TemporaryDirectory(prefix="qgraph-fused-") as folder:
         path = files.save(model, Path(folder) / "model.onnx")

@@ -40,13 +40,13 @@ def _needed(node: ir.Node) -> list[ir.Value]:
     return [v for v in held if v is not None and v.const_value is None]
 
 
-def _shapes(
-    model: ir.Model, wanted: set[ir.Value], feeds: Mapping[str, Any]
-) -> dict[str, Shape]:
+def _shapes(model: ir.Model, wanted: set[ir.Value], feeds: Mapping[str, Any]) -> dict[str, Shape]:
     """Shapes of these values in one run."""
     names = sorted(str(v.name) for v in wanted)
     work = graph.clone(model)
-    values = {str(v.name): v for v in (*work.graph.inputs, *(o for n in work.graph for o in n.outputs))}
+    values = {
+        str(v.name): v for v in (*work.graph.inputs, *(o for n in work.graph for o in n.outputs))
+    }
     fresh = graph.Names(work)
     outputs = []
     for name in names:

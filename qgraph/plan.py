@@ -106,6 +106,7 @@ class QuantPlan:
             for key in ("spec", "activation"):
                 entry[key] = QuantSpec.parse(entry[key]) if entry[key] else None
             if entry["grid"]:
-                entry["grid"] = Grid(*entry["grid"], entry["spec"])
+                scale, zero_point = entry["grid"]
+                entry["grid"] = Grid(scale, zero_point, entry["spec"])
             plan.add(Decision(**{**entry, "forms": tuple(entry["forms"])}))
         return plan

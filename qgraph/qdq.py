@@ -144,7 +144,7 @@ class Placed:
         scale = numerics.bias_scale(grid.scale, graph.array(scales).reshape(-1), values.size)
         codes = numerics.bias_codes(values, scale)
         key = ("bias", str(bias.name), grid.scale, str(scales.name))
-        parts = {"codes": codes, "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
+        parts = {"int32": codes, "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
         constants = [
             writer.constant((*key, part), f"{bias.name}.{part}", lambda a=array: a)  # type: ignore[misc]
             for part, array in parts.items()

@@ -35,6 +35,7 @@ def static_spec(text: str) -> QuantSpec:
     spec = QuantSpec.parse(text)
     return replace(spec, block=(0, 0), symmetric="sym" in parts[1:])
 
+
 STATIC_PIPELINE = (
     "canonicalize",
     "observe",
@@ -64,8 +65,8 @@ class Rule(_Strict):
     weights: tuple[str, ...] = (AUTO,)
     """Specs in order of preference: the first that the target takes. "float" keeps it, "auto" asks the target."""
     activations: str = FLOAT
-    """How the operator's input is quantized: "float", "int8" (at run time), or on a calibrated grid: "static" for the
-    target's own type, "static:SPEC" for another ("static:int8", "static:uint16", "static:int8.sym"), which needs data."""
+    """How the operator's input is quantized: "float", "int8" (at run time), "static" (on a calibrated grid of the
+    target's own type) or "static:SPEC" (of another type: "static:int8", "static:int8.sym")."""
     solver: str = "rtn"
     """Name of the weight solver."""
     tied: bool = False
@@ -218,7 +219,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="int8-static",
-            summary="int8 weights and activations on grids calibrated with --data: integer kernels for Conv, Gemm, MatMul",
+            summary="int8 weights, activations on grids calibrated with --data: integer kernels for Conv, Gemm, MatMul",
             pipeline=STATIC_PIPELINE,
             options={"canonicalize": {"to_gemm": True}},
             rules=(

@@ -78,6 +78,11 @@ class Support:
     reason: str = ""
 
 
+_MOVES = "Concat MaxPool Reshape Transpose Flatten Squeeze Unsqueeze Resize Slice Pad Identity"
+MOVES = frozenset(_MOVES.split())
+"""Operators that runtimes execute on codes as they are, where input and output share a grid."""
+
+
 @dataclass(frozen=True)
 class Integers:
     """Which operators a target computes on codes when their activations have static grids.

@@ -109,16 +109,20 @@ def _landing(
 
 
 class _Readers:
-    """Finds the executed node by the weight codes that it reads: layout changes rename values, but no constants."""
+    """Finds the executed node by what keeps its name: layout changes rename values, but neither nodes nor constants."""
 
     def __init__(self, executed: ExecutedGraph, model: ir.Model, outputs: Sequence[str]) -> None:
         self._executed = executed
         self._codes: dict[str, str] = {}
+        self._nodes: dict[str, ir.Node] = {}
         self._uses: dict[str, list[str]] = defaultdict(list)
         asked = set(outputs)
         for node in graph.nodes(model):
             name = (node.outputs[0].name or "") if node.outputs else ""
-            codes = _weight_codes(node) if name in asked else ""
+            if name not in asked:
+                continue
+            self._nodes[name] = node
+            codes = _weight_codes(node)
             if codes:
                 self._codes[name] = codes
                 self._uses[codes].append(name)
@@ -129,8 +133,21 @@ class _Readers:
         if codes is None:
             return None
         found = _reading(self._executed, codes)
-        rank = self._uses[codes].index(output)
-        return found[rank] if len(found) == len(self._uses[codes]) else None
+        if len(found) == len(self._uses[codes]):
+            return found[self._uses[codes].index(output)]
+        return self._by_node(self._nodes[output])
+
+    def _by_node(self, node: ir.Node) -> ExecutedNode | None:
+        """OpenVINO lists the names of nodes too; the QuantizeLinear behind an operator always has one."""
+        for _ in range(4):
+            found = self._executed.producer(node.name or "")
+            if found is not None:
+                return found
+            readers = node.outputs[0].consumers()
+            if len(readers) != 1 or readers[0].op_type not in LIGHT:
+                return None
+            node = readers[0]
+        return None
 
 
 def _weight_codes(node: ir.Node) -> str:

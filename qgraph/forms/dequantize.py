@@ -62,7 +62,15 @@ class Dequantize(Form):
         untransposed = use.through is not None and weight.is_tied
         home, anchor = writer.place(weight, use)
         # ONNX Runtime moves a Transpose before the DequantizeLinear; without a zero point 1.23 takes codes for uint8.
-        values = constants(writer, weight, q, matrix, dims, home, with_zero_point=untransposed or self.with_zero_point)
+        values = constants(
+            writer,
+            weight,
+            q,
+            matrix,
+            dims,
+            home,
+            with_zero_point=untransposed or self.with_zero_point,
+        )
         form = matrix.onnx_form(q.spec, dims)
         assert not isinstance(form, str)
         axis, block, _ = form

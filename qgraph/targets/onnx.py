@@ -7,7 +7,7 @@ from qgraph.forms.dynamic import DynamicInteger
 from qgraph.forms.gather_rows import GatherRows
 from qgraph.forms.static import StaticInteger
 from qgraph.registry import register
-from qgraph.target import Integers, Target
+from qgraph.target import MOVES, Integers, Target
 
 _WEIGHTS = "int8 weights per output channel: nearly no error on any runtime; how fast they run is the runtime's affair"
 
@@ -16,10 +16,10 @@ ONNX = register(
         name="onnx",
         summary="portable: DequantizeLinear and other standard operators only",
         forms={
-            "matmul": (StaticInteger(), DynamicInteger(), Dequantize()),
-            "gemm": (StaticInteger(), DynamicInteger(), Dequantize()),
-            "conv": (StaticInteger(), Dequantize()),
-            "conv_transpose": (StaticInteger(), Dequantize()),
+            "matmul": (DynamicInteger(), Dequantize(), StaticInteger()),
+            "gemm": (DynamicInteger(), Dequantize(), StaticInteger()),
+            "conv": (Dequantize(), StaticInteger()),
+            "conv_transpose": (Dequantize(), StaticInteger()),
             "gather": (GatherRows(),),
             "slice": (GatherRows(),),
             "rnn": (Dequantize(),),
@@ -28,10 +28,13 @@ ONNX = register(
         integers=Integers(
             weighted={"Conv": False, "ConvTranspose": False, "Gemm": True, "MatMul": True},
             joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu"}),
-            moves=frozenset(
-                {"Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "Slice", "Pad"}
+            moves=MOVES,
+            types=(
+                "uint8.tensor.asym",
+                "int8.tensor.asym",
+                "uint16.tensor.asym",
+                "int16.tensor.sym",
             ),
-            types=("uint8.tensor.asym", "int8.tensor.asym", "uint16.tensor.asym", "int16.tensor.sym"),
         ),
         auto={
             "matmul": (("int8.ch", "float", _WEIGHTS), ("int8.tensor", "float", _WEIGHTS)),

@@ -13,7 +13,7 @@ from typing import Any
 from qgraph.forms.dequantize import Dequantize
 from qgraph.forms.static import StaticInteger
 from qgraph.registry import register
-from qgraph.target import Integers, Request, Target
+from qgraph.target import MOVES, Integers, Request, Target
 
 
 class WholeBlocks(Dequantize):
@@ -53,7 +53,7 @@ OPENVINO = register(
         summary="OpenVINO >= 2025 on CPU",
         forms={
             **{
-                kind: (StaticInteger(), WholeBlocks())
+                kind: (WholeBlocks(), StaticInteger())
                 for kind in ("matmul", "gemm", "conv", "conv_transpose")
             },
             **{kind: (WholeBlocks(),) for kind in ("gather", "slice", "rnn")},
@@ -61,9 +61,7 @@ OPENVINO = register(
         integers=Integers(
             weighted={"Conv": False, "ConvTranspose": False, "Gemm": True, "MatMul": True},
             joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu"}),
-            moves=frozenset(
-                {"Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "Slice", "Pad"}
-            ),
+            moves=MOVES,
             types=("uint8.tensor.asym", "int8.tensor.asym"),
         ),
         auto={

@@ -17,7 +17,7 @@ from qgraph.forms.gather_rows import GatherRows
 from qgraph.forms.matmul_nbits import MatMulNBits
 from qgraph.forms.static import StaticInteger
 from qgraph.registry import register
-from qgraph.target import Integers, Request, Target
+from qgraph.target import MOVES, Integers, Request, Target
 
 _INT8 = (
     "8-bit blocks in MatMulNBits: the fastest form without calibration that keeps its accuracy where "
@@ -49,9 +49,7 @@ def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
 INTEGERS = Integers(
     weighted={"Conv": False, "Gemm": True, "MatMul": True},
     joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}),
-    moves=frozenset(
-        {"Concat", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Resize", "Slice", "Pad"}
-    ),
+    moves=MOVES,
     types=("uint8.tensor.asym", "int8.tensor.asym"),
 )
 
@@ -60,9 +58,9 @@ ORT = register(
         name="ort",
         summary="stock ONNX Runtime >= 1.23 on CPU",
         forms={
-            "matmul": (StaticInteger(), DynamicInteger(), MatMulNBits(), Unfused()),
-            "gemm": (StaticInteger(), DynamicInteger(), MatMulNBits(), Unfused()),
-            "conv": (StaticInteger(), Dequantize()),
+            "matmul": (DynamicInteger(), MatMulNBits(), Unfused(), StaticInteger()),
+            "gemm": (DynamicInteger(), MatMulNBits(), Unfused(), StaticInteger()),
+            "conv": (Dequantize(), StaticInteger()),
             "conv_transpose": (Dequantize(),),
             "gather": (GatherRows(tied=False), GatherBlock(), GatherRows()),
             "slice": (GatherRows(),),

@@ -10,7 +10,7 @@ import pytest
 
 import qgraph
 from qgraph import graph, models, numerics, registry, runtime, verify
-from qgraph.models.odd import ODD
+from qgraph.models.odd import ODD, feeds
 from qgraph.recipe import PRESETS
 
 # The codes of every weight, whatever the form calls them.
@@ -32,7 +32,9 @@ def codes(result: qgraph.Result) -> Counter[str]:
 
 def optimized(name: str, recipe: str, target: str) -> qgraph.Result:
     eager = PRESETS[recipe].model_copy(update={"min_elements": 0})
-    return qgraph.optimize(ODD[name](), eager, target=target, inspect=False)
+    model = ODD[name]()
+    data = [feeds(model, seed) for seed in range(2)] if "observe" in eager.pipeline else None
+    return qgraph.optimize(model, eager, target=target, data=data, inspect=False)
 
 
 @pytest.mark.parametrize("target", registry.names("target"))
@@ -101,8 +103,6 @@ def test_weights_of_bodies_are_quantized_wherever_they_are_defined(name, recipe,
 
 def test_both_branches_compute_with_the_quantized_weights():
     result = optimized("if_outer_weight", "int8-weights", "ort")
-    from qgraph.models.odd import feeds
-
     sample = feeds(ODD["if_outer_weight"]())
     for sign in (1, -1):
         x = {"x": np.abs(sample["x"]) * np.float32(sign)}

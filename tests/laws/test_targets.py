@@ -89,7 +89,8 @@ def check_model(result: qgraph.Result, before: ir.Model) -> None:
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_runs_and_is_close(odd, eager, recipe, target):
     before = odd.build()
-    result = qgraph.optimize(before, eager(recipe), target=target, inspect=False)
+    data = odd.samples if "observe" in PRESETS[recipe].pipeline else None
+    result = qgraph.optimize(before, eager(recipe), target=target, data=data, inspect=False)
     check_model(result, before)
     check_ledger(result, before)
     got = odd.run(result.to_proto())
