@@ -7,6 +7,7 @@ rounds of the operator's time over the copy's, both with the same number of thre
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -20,9 +21,9 @@ import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qgraph import ops, runtime  # noqa: E402
-from qgraph.models.builder import FLOAT, Builder  # noqa: E402
-from qgraph.ops import hadamard  # noqa: E402
+from qgraph import ops, runtime
+from qgraph.models.builder import FLOAT, Builder
+from qgraph.ops import hadamard
 
 NBYTES = 128 << 20
 # (columns, columns that are rotated together); sizes that are no powers of two have Paley factors.
@@ -52,7 +53,7 @@ def compare(columns: int, block: int, threads: int, rounds: int) -> float:
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
     cuts = [rows * i // threads for i in range(threads + 1)]
-    parts = [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
     ratios = []
     with ThreadPoolExecutor(threads) as pool:
         for index in range(rounds + 1):

@@ -116,7 +116,13 @@ def _with_room_for_bias(q: QTensor, weight: Weight, grids: Mapping[ir.Value, Gri
     for use in weight.uses:
         node = use.node
         x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is None or not graph.is_constant(bias) or x not in grids or q.spec.group:
+        if (
+            x is None
+            or x not in grids
+            or bias is None
+            or not graph.is_constant(bias)
+            or q.spec.group
+        ):
             continue
         size = np.abs(graph.array(bias).astype(np.float64)).reshape(-1)
         if q.spec.is_per_tensor or size.size != least.size:

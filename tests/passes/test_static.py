@@ -235,3 +235,20 @@ def test_a_rule_names_its_types():
     for bad in ("statically", "static:int9", "uint8"):
         with pytest.raises((ValueError, errors.RecipeError)):
             Rule(activations=bad)
+
+
+@pytest.mark.parametrize("recipe", ["int8-static", {"extends": "int8-static", "rules": [
+    {"id": "per-tensor", "ops": ["Conv"], "weights": ["int8.tensor"], "activations": "static"}]}],
+    ids=["per channel", "per tensor"])  # fmt: skip
+def test_a_channel_that_training_switched_off_keeps_its_bias(parse, recipe):
+    weight = W["a"].copy()
+    weight[1] = 1e-20
+    bias = np.array([0.1, 3.0, -0.2, 0.0], np.float32)
+    text = "y = Conv <pads = [1, 1, 1, 1]> (x, a, b)"
+    model = parse(f"{HEAD} {text} }}", a=weight, b=bias)
+    data = samples()
+    made = optimized(model, data, recipe=recipe, inspect=False)
+    feeds = data[0]
+    expected, found = (runtime.session(m).run(None, feeds)[0] for m in (model, made.model))
+    assert np.abs(found[:, 1] - 3.0).max() < 0.2
+    assert qgraph.numerics.sqnr_db(expected, found) > 30
