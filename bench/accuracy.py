@@ -139,7 +139,7 @@ def one(tool: str, name: str, folder: str) -> None:
         force=True,
     )
     report = json.loads(result.report.to_json())
-    print(json.dumps({"macs": report.get("macs")}))
+    print(json.dumps({"integer_macs": report["integer_macs"]}))
 
 
 def verdict(model: Any, rows: dict[str, dict[str, Any]]) -> str:

@@ -21,6 +21,9 @@ REPORT_KEYS = {
     "seconds",
     "versions",
     "resolved_recipe",
+    "activations",
+    "operators",
+    "integer_macs",
 }
 
 
