@@ -7,6 +7,7 @@ packed copy for all.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ class Engine:
 
 
 def random_bytes(*shape):
-    return RNG.integers(0, 256, shape, dtype=np.uint8)
+    return np.frombuffer(RNG.bytes(math.prod(shape)), np.uint8).reshape(shape)
 
 
 def int4(group, block, bits=8):
@@ -104,7 +105,7 @@ def int4(group, block, bits=8):
 def ternary_weights(k, n):
     # Any two bits but 3: clear the high bit where the low one is set.
     codes = random_bytes(n // 16, k // 16, 64)
-    codes &= ~((codes & 0x55) << 1)
+    codes = codes & ~((codes & 0x55) << 1)
     return [codes, np.ones(1, np.float32), np.zeros(1, np.float32)]
 
 

@@ -184,8 +184,8 @@ def _int4(group: int) -> Rule:
 
 
 _NO_DATA = (
-    "a convolution is faster in int8 only with activations calibrated on data (--data), which needs static INT8, "
-    "not in this version yet; --recipe int8-weights makes it smaller"
+    "a convolution is faster in int8 only with activations calibrated on data: --recipe int8-static --data SAMPLES; "
+    "--recipe int8-weights makes it smaller"
 )
 _NO_GAIN = "dynamic int8 convolutions are no faster than float on CPU; --recipe int8-weights makes them smaller"
 
