@@ -17,6 +17,7 @@ import onnx_ir as ir
 from qgraph import ops, runtime
 
 COLD_BYTES = 320 << 20
+GGML = ("ggml q4_0", "ggml q4_K", "ggml q4_K plain")  # rivals where bench/ggml.py finds them
 RNG = np.random.default_rng(0)
 
 
@@ -76,6 +77,10 @@ class Engine:
             f"x{i}": RNG.standard_normal((m, k)).astype(np.float32) for i in range(copies)
         }
         self.copies = copies
+
+    def close(self):
+        """Forget the session."""
+        self.session, self.feeds = None, {}
 
     def seconds(self):
         """Time of one node."""
@@ -162,9 +167,9 @@ class OpenVino(Engine):
 def engines():
     made = []
     for name, group, block, bits, rivals in (
-        ("int4 g32", 32, 32, 8, ("ort nb4 b32", "ov int4 g32", "ort dynamic int8")),
-        ("int4 g32 a128", 32, 128, 8, ("ort nb4 b32", "ov int4 g32")),
-        ("int4 g128", 128, 128, 8, ("ort nb4 b128", "ort nb4 b32", "ov int4 g128")),
+        ("int4 g32", 32, 32, 8, ("ort nb4 b32", "ov int4 g32", "ort dynamic int8", *GGML)),
+        ("int4 g32 a128", 32, 128, 8, ("ort nb4 b32", "ov int4 g32", *GGML)),
+        ("int4 g128", 128, 128, 8, ("ort nb4 b128", "ort nb4 b32", "ov int4 g128", *GGML)),
         ("int4 g32 float", 32, 0, 0, ("ort nb4 b32 float",)),
     ):
         weights, attributes = int4(group, block, bits)
@@ -174,7 +179,13 @@ def engines():
     attributes = {"activation_bits": 8, "activation_block": 0}
     made.append(
         Engine(
-            "ternary", ops.DOMAIN, "MatMulTernary", ternary_weights, attributes, 2, ("ort nb2 b64",)
+            "ternary",
+            ops.DOMAIN,
+            "MatMulTernary",
+            ternary_weights,
+            attributes,
+            2,
+            ("ort nb2 b64", "ggml tq2_0"),
         )
     )
     for name, bits, block, level in (

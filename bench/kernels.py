@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import ggml  # noqa: E402
 import onnxruntime  # noqa: E402
-from engines import COLD_BYTES, engines  # noqa: E402
+from engines import COLD_BYTES, GGML, engines  # noqa: E402
 from probe import Probe  # noqa: E402
 
 from qgraph import native  # noqa: E402
@@ -26,6 +27,9 @@ FEW_ROWS = 16  # up to these weights come from memory, beyond them from the cach
 BARS = (
     *(("int4 g32", 1, of, least) for of, least in (("machine", 0.9), ("ort nb4 b32", 1.4))),
     *(("int4 g128", 1, of, least) for of, least in (("machine", 0.9), ("ort nb4 b32", 1.4))),
+    *((f"int4 g{g}", m, of, 1.0) for g in (32, 128) for m in (1, 2, 4, 8, 16, 32) for of in GGML),
+    *(("int4 g128", m, of, 1.4) for m in (128, 512) for of in GGML),
+    ("ternary", 1, "ggml tq2_0", 1.0),
     *((f"int4 g{g}", 1, f"ov int4 g{g}", 1.0) for g in (32, 128)),
     *(
         (name, m, "machine", least)
@@ -68,7 +72,7 @@ def measure(chosen, m, k, n, threads, rounds):
             for rival in ratios.keys() - {"machine"}:
                 ratios[rival].append(took[rival] / took[e.name])
         found[e.name] = {of: round(statistics.median(v), 3) for of, v in ratios.items()}
-        e.session, e.feeds = None, {}
+        e.close()
     return found, rounds - len(quiet)
 
 
@@ -102,9 +106,10 @@ def main():
     parser.add_argument("--bars", action="store_true", help="say which bars are met")
     given = parser.parse_args()
     wanted = [w.strip() for w in given.engines.split(",") if w.strip()]
-    chosen = [e for e in engines() if not wanted or any(w in e.name for w in wanted)]
+    known = engines() + ggml.engines()
+    chosen = [e for e in known if not wanted or any(w in e.name for w in wanted)]
     rivals = {r for e in chosen for r in e.rivals} - {e.name for e in chosen}
-    chosen += [e for e in engines() if e.name in rivals]
+    chosen += [e for e in known if e.name in rivals]
     results = []
     for shape in given.shapes.split(","):
         k, n = map(int, shape.split("x"))
