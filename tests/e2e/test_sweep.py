@@ -194,3 +194,21 @@ def test_a_tied_table_is_stored_once(folder, tmp_path):
         v for _, v in graph.initializers(result.model) if str(v.name) == f"{tied[0].weight}.codes"
     ]
     assert len(codes) == 1 and len(codes[0].uses()) == 2
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-qgraph"])
+def test_ternary_layers_stay_exact(tools, folder, tmp_path, target):
+    """Every ternary weight of bitllama_3M keeps its very values, and the model almost its distribution."""
+    import baselines
+
+    if not (folder / BITLLAMA).exists():
+        pytest.skip(f"QGRAPH_TEST_DATA holds no {BITLLAMA}")
+    output = tmp_path / "model.q.onnx"
+    result = qgraph.optimize(
+        folder / BITLLAMA, "ternary", target=target, output=output, verify="ends", inspect=False
+    )
+    exact = [e for e in result.report.quantized if "ternary" in e.spec or "int2" in e.spec]
+    assert len(exact) == 56 and all(e.sqnr_db == float("inf") for e in exact)
+    assert output.stat().st_size <= 3.2e6
+    found = baselines.TASKS["bitllama"](output, limit=10, float_model=folder / BITLLAMA)
+    assert found["kl_mean"] <= 5e-4
