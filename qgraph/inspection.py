@@ -89,6 +89,41 @@ class Forecast:
     stays: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Symmetry:
+    """Channels that can be transformed together, or the reason why not; see `qgraph.symmetry`.
+
+    Attributes:
+        name: an activation that has these channels.
+        kind: "permute", "scale" or "rotate".
+        legal: the largest class of transforms that keeps the function, "" where there is none.
+        channels: how many.
+        block: how many of them may mix: all, or those of one head.
+        writers: weights that make the channels.
+        readers: weights that take them.
+        riders: biases, gains and tables in between.
+        gains: norms whose gain has to move into the readers first.
+        keeps_mean: a rotation has to keep the all-ones vector (LayerNorm).
+        bounds: Clip operators that have to become one bound per channel.
+        reason: why `legal` is not larger.
+        node: whose reason it is.
+    """
+
+    name: str
+    kind: str
+    legal: str
+    channels: int
+    block: int
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    riders: int
+    gains: int
+    keeps_mean: bool
+    bounds: int
+    reason: str
+    node: str
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Result of `inspect_model`. `to_json` is stable: pipelines may rely on its keys.
@@ -111,6 +146,7 @@ class Inspection:
         largest: the largest stored tensors.
         findings: what the verifier says.
         forecasts: per target, if asked for.
+        symmetries: groups of channels, if asked for.
     """
 
     source: str
@@ -130,6 +166,7 @@ class Inspection:
     largest: tuple[Constant, ...]
     findings: tuple[errors.Diagnostic, ...]
     forecasts: tuple[Forecast, ...] = field(default=())
+    symmetries: tuple[Symmetry, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -137,7 +174,12 @@ class Inspection:
 
 
 def inspect_model(
-    source: files.Source, *, targets: Iterable[str] = (), recipe: str = "auto", largest: int = 10
+    source: files.Source,
+    *,
+    targets: Iterable[str] = (),
+    recipe: str = "auto",
+    largest: int = 10,
+    with_symmetries: bool = False,
 ) -> Inspection:
     """Look at a model.
 
@@ -146,6 +188,7 @@ def inspect_model(
         targets: also say what `recipe` would do for these.
         recipe: name or file.
         largest: how many of the largest tensors to list.
+        with_symmetries: also say which channels can be permuted, scaled and rotated.
 
     Raises:
         errors.InputError: QG101 to QG104 where the model cannot be read.
@@ -176,6 +219,7 @@ def inspect_model(
         largest=tuple(constants[:largest]),
         findings=tuple(verify.verify(model)),
         forecasts=tuple(forecast(model, target, recipe) for target in targets),
+        symmetries=symmetries(model) if with_symmetries else (),
     )
 
 
@@ -198,6 +242,33 @@ def forecast(model: ir.Model, target: str, recipe: str = "auto") -> Forecast:
         specs[str(decision.spec)] += 1
         nbytes += decision.spec.nbytes(*found[decision.value].shape)
     return Forecast(target, chosen.name, dict(specs), nbytes, dict(stays))
+
+
+def symmetries(model: ir.Model) -> tuple[Symmetry, ...]:
+    """Groups of channels of a model, as `canonicalize` leaves it; the model itself is not changed."""
+    from qgraph import symmetry
+
+    work = graph.clone(model)
+    chosen = recipes.load("auto")
+    Pipeline(("canonicalize",)).run(work, Context(registry.get("target", chosen.target), chosen))
+    return tuple(
+        Symmetry(
+            name=g.name,
+            kind=g.kind,
+            legal=g.legal,
+            channels=g.size,
+            block=g.block,
+            writers=tuple(dict.fromkeys(str(m.value.name) for m in g.writers)),
+            readers=tuple(dict.fromkeys(str(m.value.name) for m in g.readers)),
+            riders=len(g.riders),
+            gains=len(g.gains),
+            keeps_mean=g.keeps_mean,
+            bounds=len(g.bounds),
+            reason=g.reason,
+            node=graph.where(g.forbids) if g.forbids is not None else "",
+        )
+        for g in symmetry.groups(work)
+    )
 
 
 def _port(value: ir.Value) -> Port:

@@ -10,16 +10,23 @@ import typer
 from qgraph.cli import options, terminal
 
 if TYPE_CHECKING:
-    from qgraph.inspection import Constant, Inspection, Port
+    from qgraph.inspection import Constant, Inspection, Port, Symmetry
 
 EXAMPLES = """
 Examples:
   qgraph inspect model.onnx
   qgraph inspect model.onnx --weights
   qgraph inspect model.onnx --target ort --target openvino
+  qgraph inspect model.onnx --symmetries
 """
 
 All = Annotated[bool, typer.Option("--weights", help="List every weight, not only groups of them.")]
+Symmetries = Annotated[
+    bool,
+    typer.Option(
+        "--symmetries", help="Also list which channels can be permuted, scaled and rotated."
+    ),
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
@@ -35,6 +42,7 @@ Targets = Annotated[
 def inspect(
     model: options.Model,
     all_weights: All = False,
+    symmetries: Symmetries = False,
     target: Targets = None,
     recipe: options.Recipe = "auto",
     as_json: options.Json = False,
@@ -50,7 +58,9 @@ def inspect(
     targets = registry.names("target") if "all" in (target or ()) else target or ()
     with terminal.progress(is_shown=not as_json) as progress:
         progress("reading", -1)
-        found = inspection.inspect_model(model, targets=targets, recipe=recipe)
+        found = inspection.inspect_model(
+            model, targets=targets, recipe=recipe, with_symmetries=symmetries
+        )
     if as_json:
         terminal.emit(found.to_json())
         return
@@ -64,6 +74,8 @@ def inspect(
         _groups(found)
     _unquantizable(found)
     _forecasts(found)
+    if symmetries:
+        _symmetries(found)
     terminal.diagnostics(found.findings)
 
 
@@ -201,3 +213,36 @@ def _forecasts(found: Inspection) -> None:
         terminal.line(f"  {done} of {total} weights would be quantized{size}")
         terminal.bullets(f"{spec}: {count}" for spec, count in each.specs.items())
         terminal.bullets(f"float: {count}, {reason}" for reason, count in each.stays.items())
+
+
+_KINDS = {"permute": "Permutations", "scale": "Scales", "rotate": "Rotations"}
+
+
+def _symmetries(found: Inspection) -> None:
+    """Groups of channels by kind of transform, and for each one that is not free the node and the reason."""
+    for kind, title in _KINDS.items():
+        groups = [s for s in found.symmetries if s.kind == kind]
+        free = sum(bool(s.legal) for s in groups)
+        terminal.heading(f"{title}: {free} of {terminal.counted(len(groups), 'group')}")
+        if groups:
+            columns = ("channels of", ">size", "legal", "written by", "read by", "")
+            terminal.table(columns, map(_symmetry_row, groups))
+
+
+def _symmetry_row(each: Symmetry) -> tuple[str, str, str, str, str, str]:
+    size = str(each.channels) if each.block == each.channels else (
+        f"{each.channels // each.block} x {each.block}"
+    )  # fmt: skip
+    notes = [
+        f"{each.node}: {each.reason}" if each.reason else "",
+        f"{terminal.counted(each.gains, 'gain')} move into readers" if each.gains else "",
+        "keeps the mean" if each.keeps_mean else "",
+        f"{terminal.counted(each.bounds, 'Clip')} with bounds" if each.bounds else "",
+    ]
+    makers, takers = _names(each.writers), _names(each.readers)
+    return each.name, size, each.legal or "none", makers, takers, "; ".join(filter(None, notes))
+
+
+def _names(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:2])
+    return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown

@@ -23,6 +23,7 @@ KEYS = {
     "largest",
     "findings",
     "forecasts",
+    "symmetries",
 }
 
 
@@ -106,3 +107,15 @@ def test_the_model_is_not_changed(tmp_path):
     before = files.to_proto(model).SerializeToString(deterministic=True)
     inspection.inspect_model(model, targets=["ort"])
     assert files.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_symmetries(run, cnn):
+    assert run("inspect", cnn, "--json").json["symmetries"] == []
+    found = run("inspect", cnn, "--symmetries", "--json").json["symmetries"]
+    assert [s["kind"] for s in found] == 4 * ["permute"] + 6 * ["scale"] + 4 * ["rotate"]
+    last = found[-1]
+    assert (last["legal"], last["channels"], last["block"]) == ("orthogonal", 96, 96)
+    assert (last["writers"], last["readers"]) == (["pointwise2.conv.weight"], ["classifier.weight"])
+    text = run("inspect", cnn, "--symmetries").out
+    for part in ("Scales: 6 of 6 groups", "Rotations: 1 of 4 groups", "Relu '/stem/Relu'"):
+        assert part in text
