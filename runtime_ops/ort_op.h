@@ -182,5 +182,6 @@ struct Op : ort::OrtCustomOp {
 std::vector<const ort::OrtCustomOp*> matmul_ops(const ort::OrtApi* api);
 std::vector<const ort::OrtCustomOp*> gather_ops(const ort::OrtApi* api);
 std::vector<const ort::OrtCustomOp*> hadamard_ops(const ort::OrtApi* api);
+std::vector<const ort::OrtCustomOp*> observe_ops(const ort::OrtApi* api);
 
 }  // namespace qgraph

@@ -1,7 +1,7 @@
 // The library's plain C interface, called from Python through ctypes (qgraph/native.py).
 //
-// Nothing here keeps state, allocates or throws, and every function may be called from several
-// threads at once. Functions that can be refused return a QgStatus.
+// Nothing here throws, nothing but open tables is kept, and every function may be called from
+// several threads at once. Functions that can be refused return a QgStatus.
 #pragma once
 
 #include <stdint.h>
@@ -51,6 +51,12 @@ QG_EXPORT int32_t qg_pack(const uint8_t* codes, int64_t rows, int64_t cols, int3
 // writes the smallest and the largest of them to extremes [2] (inf and -inf where there are none).
 // Returns how many values were NaN or infinite; their buckets are zero before and after.
 QG_EXPORT int64_t qg_count_floats(const float* x, int64_t n, int64_t* counts, float* extremes);
+
+// A table for nodes ai.qgraph.calibration::Observe whose attribute `table` is the key that this
+// returns (0 where there is no memory): each run adds to counts [65536] and lost [1] what
+// qg_count_floats would. The memory is the caller's until the table is closed.
+QG_EXPORT int64_t qg_table_open(int64_t* counts, int64_t* lost);
+QG_EXPORT int32_t qg_table_close(int64_t key);
 
 // y [m, n] = x [m, k] * weights^T + bias on the calling thread, as the operators compute it; the
 // layout of the weights is in qgraph/ops/layout.py. scratch has qg_matmul_scratch bytes. For tests

@@ -12,16 +12,25 @@
 namespace qgraph {
 namespace {
 
-constexpr const char* kDomain = "ai.qgraph";
+using Ops = std::vector<const ort::OrtCustomOp*>;
 
-ort::OrtCustomOpDomain* create_domain(const ort::OrtApi& api) {
+ort::OrtCustomOpDomain* create_domain(const ort::OrtApi& api, const char* name, const Ops& ops) {
   ort::OrtCustomOpDomain* domain = nullptr;
-  check(api, api.CreateCustomOpDomain()(kDomain, &domain));
-  std::vector<const ort::OrtCustomOp*> ops = matmul_ops(&api);
-  for (const ort::OrtCustomOp* op : gather_ops(&api)) ops.push_back(op);
-  for (const ort::OrtCustomOp* op : hadamard_ops(&api)) ops.push_back(op);
+  check(api, api.CreateCustomOpDomain()(name, &domain));
   for (const ort::OrtCustomOp* op : ops) check(api, api.CustomOpDomain_Add()(domain, op));
   return domain;
+}
+
+ort::OrtCustomOpDomain* model_domain(const ort::OrtApi& api) {
+  Ops ops = matmul_ops(&api);
+  for (const ort::OrtCustomOp* op : gather_ops(&api)) ops.push_back(op);
+  for (const ort::OrtCustomOp* op : hadamard_ops(&api)) ops.push_back(op);
+  return create_domain(api, "ai.qgraph", ops);
+}
+
+// Operators that no saved model holds.
+ort::OrtCustomOpDomain* calibration_domain(const ort::OrtApi& api) {
+  return create_domain(api, "ai.qgraph.calibration", observe_ops(&api));
 }
 
 ort::OrtStatus* too_old(const ort::OrtApiBase& base) {
@@ -43,9 +52,12 @@ QG_EXPORT qgraph::ort::OrtStatus* RegisterCustomOps(qgraph::ort::OrtSessionOptio
   try {
     if (api == nullptr) return too_old(*base);
     if (isa_problem() != nullptr) throw std::runtime_error(isa_problem());
-    // Sessions share the domain; the runtime does not own it, and it lives as long as the process.
-    static ort::OrtCustomOpDomain* const domain = create_domain(*api);
-    return api->AddCustomOpDomain()(options, domain);
+    // Sessions share the domains; the runtime does not own them, and they live as long as the
+    // process.
+    static ort::OrtCustomOpDomain* const model = model_domain(*api);
+    static ort::OrtCustomOpDomain* const calibration = calibration_domain(*api);
+    check(*api, api->AddCustomOpDomain()(options, model));
+    return api->AddCustomOpDomain()(options, calibration);
   } catch (const std::exception& e) {
     return api == nullptr ? nullptr : api->CreateStatus()(ort::kFail, e.what());
   }

@@ -1,4 +1,4 @@
-"""Bringing values out of a graph, from wherever they are, as outputs of the main graph.
+"""Bringing values out of a graph, from wherever they are, as outputs of the main graph; or counting them in place.
 
 A value inside an If is a further output of the If: the branch that it is not in gives an empty tensor, which counts for
 nothing. A value inside a Loop or Scan is a further scan output: the turns, stacked on a new first axis.
@@ -6,22 +6,32 @@ nothing. A value inside a Loop or Scan is a further scan output: the turns, stac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph import errors, graph
 
+DOMAIN = "ai.qgraph.calibration"
+
 
 @dataclass(frozen=True, slots=True)
 class Tapped:
-    """One observed value: its name, the value of the main graph that holds it, and axes that stand before its own."""
+    """One observed value.
+
+    Attributes:
+        name: its own.
+        value: the value of the main graph that holds it.
+        new_axes: how many axes stand before its own.
+        is_lifted: it comes out of a body.
+    """
 
     name: str
     value: ir.Value
     new_axes: int = 0
+    is_lifted: bool = False
 
 
 def find(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
@@ -54,8 +64,57 @@ def tap(model: ir.Model, names: Sequence[str]) -> list[Tapped]:
     return [_lift(name, v, holders, fresh) for name, v in find(model, names).items()]
 
 
+def count(model: ir.Model, keys: Mapping[str, int], threads: int) -> list[Tapped]:
+    """Put a node beside each value that counts it into a table, changing the model.
+
+    Args:
+        model: one to change.
+        keys: of open tables (`qgraph.observers.tables`), by value name; the values are float, float16 or double.
+        threads: that a node may use.
+
+    Returns:
+        The extremes that the nodes give, brought out: float32, pairs of the least and the largest finite value, one
+        pair for each time the node ran.
+    """
+    fresh = graph.Names(model)
+    seen: dict[str, str] = {}
+    for name, v in find(model, keys).items():
+        node, body = v.producer(), _scope(v)
+        seen[name] = fresh(f"{name}.seen")
+        made: list[ir.Node] = []
+        # Not float16 values: ONNX Runtime would drop the cast with the one that rounded to float16.
+        if v.dtype == ir.DataType.DOUBLE:
+            v = _cast(v, graph.value(fresh(f"{name}.float")), made)
+        out = graph.value(fresh(f"{name}.extremes") if _is_half(v) else seen[name], v.dtype, [2])
+        attributes = [ir.AttrInt64("table", keys[name]), ir.AttrInt64("threads", threads)]
+        made.append(ir.Node(DOMAIN, "Observe", [v], attributes, outputs=[out], name=out.name))
+        if _is_half(v):
+            _cast(out, graph.value(seen[name]), made)
+        if node is not None:
+            body.insert_after(node, made)
+        elif len(body):
+            body.insert_before(body[0], made)
+        else:
+            body.extend(made)
+    model.graph.opset_imports[DOMAIN] = 1
+    brought = tap(model, list(seen.values()))
+    return [replace(t, name=name) for name, t in zip(seen, brought, strict=True)]
+
+
+def _is_half(v: ir.Value) -> bool:
+    return v.dtype == ir.DataType.FLOAT16
+
+
+def _cast(v: ir.Value, to: ir.Value, made: list[ir.Node]) -> ir.Value:
+    """`to` as v in float32; the node is added to `made`."""
+    to.type, to.shape = ir.TensorType(ir.DataType.FLOAT), v.shape
+    attribute = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+    made.append(ir.Node("", "Cast", [v], [attribute], outputs=[to]))
+    return to
+
+
 def _lift(name: str, v: ir.Value, holders: dict[ir.Graph, ir.Node], fresh: graph.Names) -> Tapped:
-    axes = 0
+    axes, is_lifted = 0, False
     body = _scope(v)
     while (node := holders.get(body)) is not None:
         if node.op_type == "If":
@@ -70,8 +129,8 @@ def _lift(name: str, v: ir.Value, holders: dict[ir.Graph, ir.Node], fresh: graph
                     "leave it out: values in If, Loop and Scan can be observed",
                 )
             )  # fmt: skip
-        body = graph.owner(node)
-    return Tapped(name, v, axes)
+        body, is_lifted = graph.owner(node), True
+    return Tapped(name, v, axes, is_lifted)
 
 
 def _scope(v: ir.Value) -> ir.Graph:

@@ -8,18 +8,24 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qgraph import errors, files, graph, runtime
 from qgraph.calibrate import instrument, types
 from qgraph.data import Dataset
-from qgraph.observers import Stats, TensorStats, Wanted
+from qgraph.observers import Stats, TensorStats, Wanted, tables
 
 MAX_MEMORY = 32 << 20
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
+_COUNTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+_NOTHING = np.array([np.inf, -np.inf], np.float32)  # extremes of no values
+_AT_ONCE = 64  # samples whose extremes wait to be added up
 # Weights are mapped from the file; threads that spin between runs would take the observers' processor.
 _CONFIG = {"session.intra_op.allow_spinning": "0"}
 Progress = Callable[[str, float], None]
@@ -47,6 +53,7 @@ def run(
         threads: of ONNX Runtime and of counting; 0 is one per core.
         max_memory: bytes of activations that may be alive at once as outputs. Where the first sample needs more, the
             model runs several times over the data, each time for some of the values; one value is never split.
+            With the native library, only values of which more than a histogram is wanted become outputs.
         progress: called with what is being done and the share done, 0..1.
         cache: folder of earlier results, keyed by model, data, `wanted` and the version of ONNX Runtime.
         on_cached: called with the file where an earlier result is used.
@@ -67,11 +74,21 @@ def run(
                 on_cached(kept)
             return found
         stats = {name: TensorStats(w) for name, w in wanted.items()}
-        feeds_only = [n for n in wanted if n in {v.name for v in model.graph.inputs}]
-        groups = _groups(bench, dataset, [n for n in wanted if n not in feeds_only], max_memory)
+        counted = bench.countable(wanted)
+        inputs = {v.name for v in model.graph.inputs}
+        feeds_only = [n for n in wanted if n in inputs and n not in counted]
+        brought = [n for n in wanted if n not in inputs and n not in counted]
+        groups = _groups(bench, dataset, brought, max_memory)
         for index, group in enumerate(groups):
-            watched = [*group, *(feeds_only if index == 0 else ())]
-            shards = _observe(bench, dataset, group, {n: stats[n] for n in watched})
+            first = index == 0
+            watched = [*group, *(feeds_only if first else ())]
+            shards = _observe(
+                bench,
+                dataset,
+                group,
+                {n: stats[n] for n in watched},
+                {n: stats[n] for n in counted if first},
+            )
             for count in shards:
                 done = (index + count / len(dataset)) / len(groups)
                 say(f"calibrating, sample {count} of {len(dataset)}", done)
@@ -104,34 +121,105 @@ class _Bench:
                     sha.update(chunk)
         return sha.hexdigest()
 
-    def session(self, names: Sequence[str], *, sizes: bool = False) -> tuple[Any, dict[str, int]]:
-        """A session whose outputs are the values (or only how many elements each has), and the axes each gained."""
+    def countable(self, wanted: Mapping[str, Wanted]) -> list[str]:
+        """The values that the native library can count where they are produced."""
+        if tables.library() is None:
+            return []
+        found = instrument.find(self._base, wanted)
+        return [n for n, w in wanted.items() if w == Wanted() and found[n].dtype in _COUNTED]
+
+    def session(self, names: Sequence[str], keys: Mapping[str, int]) -> _Instrumented:
+        """A session whose outputs are the values, and which counts others under their tables' keys."""
         model = graph.clone(self._base)
+        seen = instrument.count(model, keys, self.threads)
         tapped = instrument.tap(model, names)
+        # Pairs of the main graph travel as one output; those of bodies come in any number.
+        inner = [t for t in seen if t.is_lifted]
+        outer = [t for t in seen if not t.is_lifted]
+        outputs = [t.value for t in inner]
+        if outer:
+            pairs = graph.value(graph.Names(model)("seen"), ir.DataType.FLOAT, [2 * len(outer)])
+            axis = ir.AttrInt64("axis", 0)
+            model.graph.append(
+                ir.Node("", "Concat", [t.value for t in outer], [axis], outputs=[pairs])
+            )
+            outputs.insert(0, pairs)
+        outputs += [t.value for t in tapped]
+        session = self._start(model, outputs, custom_ops=bool(keys))
+        _require_floats(session, names)
+        return _Instrumented(
+            session, [t.name for t in outer], [t.name for t in inner], list(names),
+            {t.name: t.new_axes for t in tapped},
+        )  # fmt: skip
+
+    def sizes(self, names: Sequence[str]) -> Any:
+        """A session whose outputs are how many elements each value has."""
+        model = graph.clone(self._base)
         fresh = graph.Names(model)
         outputs = []
-        for each in tapped:
-            out = each.value
-            if sizes:
-                out = graph.value(fresh(f"{each.name}.size"), ir.DataType.INT64, [])
-                model.graph.append(ir.Node("", "Size", [each.value], outputs=[out]))
+        for each in instrument.tap(model, names):
+            out = graph.value(fresh(f"{each.name}.size"), ir.DataType.INT64, [])
+            model.graph.append(ir.Node("", "Size", [each.value], outputs=[out]))
             outputs.append(out)
+        return self._start(model, outputs, custom_ops=False)
+
+    def _start(self, model: ir.Model, outputs: Sequence[ir.Value], *, custom_ops: bool) -> Any:
         # A name may be asked for that is an output already: outputs are only what was asked for, each once.
         model.graph.outputs[:] = outputs
         self._count += 1
         path = self._folder / f"tapped{self._count}.onnx"
         # The weights stay where they are: only their places are written.
         ir.save(model, path)
-        session = runtime.session(path, threads=self.threads, accuracy_level=1, config=_CONFIG)
-        if not sizes:
-            _require_floats(session, names)
-        return session, {t.name: t.new_axes for t in tapped}
+        return runtime.session(
+            path,
+            threads=self.threads,
+            accuracy_level=1,
+            config=_CONFIG,
+            custom_ops=custom_ops or None,
+            # A value is counted as soon as it is there, and its memory is free after its last use.
+            in_file_order=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Instrumented:
+    """A session and what its outputs mean.
+
+    Attributes:
+        outer: values of the main graph whose extremes are the first output [2 * outer], if there are any.
+        inner: values of bodies whose extremes are an output each.
+        names: values that are an output each.
+        new_axes: how many axes each of `names` gained.
+    """
+
+    session: Any
+    outer: Sequence[str]
+    inner: Sequence[str]
+    names: Sequence[str]
+    new_axes: Mapping[str, int]
+
+    def extremes(self, outputs: Sequence[Any]) -> npt.NDArray[np.float32]:
+        """[outer + inner, 2] of one sample; inf, -inf where a body did not run."""
+        first = outputs[0].reshape(-1, 2) if self.outer else np.empty((0, 2), np.float32)
+        rest = [np.append(o, _NOTHING) for o in self._inner(outputs)]
+        return np.concatenate(
+            [first, *([[o[0::2].min(), o[1::2].max()]] for o in rest)], dtype=np.float32
+        )
+
+    def _inner(self, outputs: Sequence[Any]) -> Sequence[Any]:
+        start = bool(self.outer)
+        return outputs[start : start + len(self.inner)]
+
+    def values(self, outputs: Sequence[Any]) -> dict[str, Any]:
+        """What was brought out, by name."""
+        return dict(zip(self.names, outputs[len(outputs) - len(self.names) :], strict=True))
 
 
 def _require_floats(session: Any, names: Sequence[str]) -> None:
+    outputs = session.get_outputs()
     wrong = [
         errors.Diagnostic("error", "QG142", name, f"is {out.type}", "observe float values only")
-        for name, out in zip(names, session.get_outputs(), strict=True)
+        for name, out in zip(names, outputs[len(outputs) - len(names) :], strict=True)
         if out.type not in _FLOATS
     ]
     if wrong:
@@ -139,22 +227,49 @@ def _require_floats(session: Any, names: Sequence[str]) -> None:
 
 
 def _observe(
-    bench: _Bench, dataset: Dataset, group: Sequence[str], stats: Mapping[str, TensorStats]
+    bench: _Bench,
+    dataset: Dataset,
+    group: Sequence[str],
+    stats: Mapping[str, TensorStats],
+    counted: Mapping[str, TensorStats],
 ) -> Iterator[int]:
-    """Run all samples for one group of values; yields how many are done."""
-    session, new_axes = bench.session(group) if group else (None, {})
-    with ThreadPoolExecutor(bench.threads) as pool:
+    """Run all samples for one group of values, and count others in place; yields how many samples are done."""
+    with (
+        tables.opened(s.histogram for s in counted.values()) as keys,
+        ThreadPoolExecutor(bench.threads) as pool,
+    ):
+        keyed = dict(zip(counted, keys, strict=True))
+        made = bench.session(group, keyed) if group or keyed else None
+        waiting: list[npt.NDArray[np.float32]] = []
         for count, feeds in enumerate(dataset, start=1):
-            arrays = dict(
-                zip(group, _run(session, feeds, dataset, count) if group else (), strict=True)
-            )
+            outputs = _run(made.session, feeds, dataset, count) if made else ()
+            arrays = made.values(outputs) if made else {}
             arrays.update((n, feeds[n]) for n in stats if n not in arrays)
             # Each tensor has its own statistics, so the order of the threads means nothing.
-            axes = (new_axes.get(n, 0) for n in stats)
+            axes = (made.new_axes.get(n, 0) if made else 0 for n in stats)
             held = (arrays[n] for n in stats)
             list(pool.map(TensorStats.update, stats.values(), held, axes))
-            del arrays, held  # or they would live on while the next sample runs
+            if made and keyed:
+                waiting.append(made.extremes(outputs))
+            del outputs, arrays, held  # or they would live on while the next sample runs
+            if len(waiting) == _AT_ONCE:
+                _add_extremes(made, waiting, counted)
             yield count
+        _add_extremes(made, waiting, counted)
+
+
+def _add_extremes(
+    made: _Instrumented | None,
+    waiting: list[npt.NDArray[np.float32]],
+    counted: Mapping[str, TensorStats],
+) -> None:
+    """Hand the extremes of some samples to the statistics; none wait afterwards."""
+    if made is None or not waiting:
+        return
+    low_high = np.stack(waiting, axis=-1)
+    for name, (low, high) in zip((*made.outer, *made.inner), low_high, strict=True):
+        counted[name].update_extremes(low, high)
+    waiting.clear()
 
 
 def _run_options() -> Any:
@@ -186,7 +301,7 @@ def _groups(
     """Values that are brought out together: as many as fit, in graph order, by their sizes in the first sample."""
     if not names:
         return [[]]
-    session, _ = bench.session(names, sizes=True)
+    session = bench.sizes(names)
     sizes = [4 * int(s) for s in _run(session, next(iter(dataset)), dataset, 1)]
     groups: list[list[str]] = [[]]
     held = 0

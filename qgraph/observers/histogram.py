@@ -38,18 +38,22 @@ class FloatHistogram:
 
     def update(self, values: npt.NDArray[Any]) -> tuple[float, float]:
         """Count a tensor of any shape and float type; its own finite (minimum, maximum)."""
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):  # float64 beyond float32 counts as infinite
+            flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         low, high, lost = counting.count(flat, self.counts)
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self.widen(low, high)
         self.nonfinite += lost
         return low, high
+
+    def widen(self, low: float, high: float) -> None:
+        """Take in the extremes of values that are counted."""
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
 
     def merge(self, other: FloatHistogram) -> None:
         """Add another histogram's counts."""
         used = np.flatnonzero(other.counts)
         self.counts[used] += other.counts[used]
-        self.minimum = min(self.minimum, other.minimum)
-        self.maximum = max(self.maximum, other.maximum)
+        self.widen(other.minimum, other.maximum)
         self.nonfinite += other.nonfinite
 
     @property

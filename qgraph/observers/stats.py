@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,8 +100,8 @@ class TensorStats:
         low, high = self.histogram.update(values)
         if low <= high:
             self.samples += 1
-            self.minima += _units(low)
-            self.maxima += _units(high)
+            self.minima += units([low])
+            self.maxima += units([high])
         if self.wanted.channel_axis is not None and values.ndim:
             axis = self.wanted.channel_axis
             self._update_channels(values, axis + new_axes if axis >= 0 else axis)
@@ -111,6 +110,17 @@ class TensorStats:
             product = rows.T @ rows
             self.gram = product if self.gram is None else self.gram + product
             self.gram_rows += rows.shape[0]
+
+    def update_extremes(self, low: npt.NDArray[np.float32], high: npt.NDArray[np.float32]) -> None:
+        """Take in the extremes [samples] of samples whose values are counted already; inf, -inf of one without any."""
+        some = low <= high
+        # Adding 0 makes -0.0 what `FloatHistogram.update` makes it.
+        low, high = low[some] + np.float32(0), high[some] + np.float32(0)
+        if low.size:
+            self.histogram.widen(float(low.min()), float(high.max()))
+            self.samples += low.size
+            self.minima += units(low)
+            self.maxima += units(high)
 
     def _update_channels(self, values: npt.NDArray[Any], axis: int) -> None:
         rest = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
@@ -237,6 +247,17 @@ class Stats(Mapping[str, TensorStats]):
         return Stats({n: TensorStats.from_arrays(parts[str(i)]) for i, n in enumerate(names)})
 
 
-def _units(value: float) -> int:
-    """A float32 as a multiple of 2^-149, exactly: sums of these do not depend on their order."""
-    return int(math.ldexp(value, _UNIT))
+def units(values: npt.ArrayLike) -> int:
+    """The sum of finite float32 values [n] as a multiple of 2^-149, exactly: it does not depend on their order.
+
+    >>> units([1.0, -1.0, 3 * 2.0**-149])
+    3
+    """
+    pattern = np.asarray(values, np.float32).view(np.int32)
+    exponent, fraction = (pattern >> 23) & 0xFF, (pattern & 0x7FFFFF).astype(np.int64)
+    fraction += (exponent > 0).astype(np.int64) << 23
+    np.negative(fraction, where=pattern < 0, out=fraction)
+    total = 0
+    for each in np.unique(exponent):
+        total += int(fraction[exponent == each].sum()) << max(int(each) - 1, 0)
+    return total

@@ -48,6 +48,7 @@ def session(
     custom_ops: bool | None = None,
     optimized_model_path: str | os.PathLike[str] | None = None,
     config: Mapping[str, str] | None = None,
+    in_file_order: bool = False,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session, with the operator libraries that the model needs.
 
@@ -62,6 +63,7 @@ def session(
             With False, such a model runs the ONNX function bodies that it carries.
         optimized_model_path: where ONNX Runtime writes the graph that it executes.
         config: further session configuration entries, e.g. {"session.disable_quant_qdq": "1"}.
+        in_file_order: run nodes in the order of the file, as far as their inputs allow.
 
     Raises:
         errors.RuntimeFailure: QG601 where ONNX Runtime refuses the model, QG603 to QG605 for the native
@@ -83,6 +85,8 @@ def session(
         options.intra_op_num_threads = threads
     if optimized_model_path is not None:
         options.optimized_model_filepath = os.fspath(optimized_model_path)
+    if in_file_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     entries = dict(config or {})
     if accuracy_level is not None:
         entries["session.qdq_matmulnbits_accuracy_level"] = str(accuracy_level)

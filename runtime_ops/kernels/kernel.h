@@ -82,6 +82,18 @@ struct HadamardTask {
   int64_t first, last;  // blocks to do
 };
 
+// Floats as integers in the same order, NaNs outermost; its own inverse.
+inline int32_t float_order(int32_t pattern) { return pattern ^ ((pattern >> 31) & 0x7FFFFFFF); }
+
+constexpr int32_t kInfinityOrder = 0x7F800000;
+inline bool is_finite_order(int32_t key) { return key < kInfinityOrder && key >= -kInfinityOrder; }
+
+// The least and the largest, by float_order; low > high where there was none.
+struct FloatExtremes {
+  int32_t low = INT32_MAX;
+  int32_t high = INT32_MIN;
+};
+
 struct Kernels {
   const char* name;
   Isa isa;
@@ -94,6 +106,10 @@ struct Kernels {
   void (*ternary_int8)(const MatMulTask&);
   void (*ternary_float)(const MatMulTask&);
   void (*hadamard)(const HadamardTask&);
+  // Adds the finite values of x [n] to counts [65536], by the upper 16 bits of their pattern, and
+  // widens the extremes to them. Returns how many values were NaN or infinite.
+  int64_t (*count_floats)(const float* x, int64_t n, int64_t* counts, FloatExtremes*);
+  int64_t (*count_floats_32)(const float* x, int64_t n, uint32_t* counts, FloatExtremes*);
   int32_t (*probe_read)(const uint8_t* data, int64_t lines);
   int64_t (*probe_dot)(int64_t rounds, int32_t* sink);
 };

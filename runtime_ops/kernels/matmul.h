@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/count.h"
 #include "kernels/float_products.h"
 #include "kernels/hadamard.h"
 #include "kernels/int4_int8.h"
@@ -88,6 +89,8 @@ QG_BLOCKS(ternary_float, FloatShape)
                                    ternary_int8,             \
                                    ternary_float,            \
                                    hadamard,                 \
+                                   count_floats<int64_t>,    \
+                                   count_floats<uint32_t>,   \
                                    probe_read,               \
                                    probe_dot};
 

@@ -88,7 +88,8 @@ def as_bytes(stats: Stats, path: Path) -> bytes:
 
 def test_a_split_changes_nothing(tmp_path: Path) -> None:
     feeds = [{"x": floats(2, 500)} for _ in range(4)]
-    whole = run(model(CHAIN), feeds, "x", "a", "c", "y")
+    more = Wanted(channel_axis=0)  # than a histogram, so values have to come out
+    whole = run(model(CHAIN), feeds, "x", "a", "c", "y", wanted=more)
     said: list[float] = []
     split = run(
         model(CHAIN),
@@ -97,6 +98,7 @@ def test_a_split_changes_nothing(tmp_path: Path) -> None:
         "a",
         "c",
         "y",
+        wanted=more,
         max_memory=5000,
         progress=lambda w, s: said.append(s),
     )
