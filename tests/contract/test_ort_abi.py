@@ -185,12 +185,12 @@ def test_a_refusal_by_the_runtime_comes_back_as_a_status(register):
     assert released == [7]
 
 
-def test_the_domain_is_created_once(register):
+def test_each_domain_is_created_once(register):
     created, added = [], []
 
     def create(name, out):
         created.append(name)
-        ctypes.c_void_p.from_address(out).value = 42
+        ctypes.c_void_p.from_address(out).value = 41 + len(created)
 
     fake = FakeRuntime(
         31,
@@ -206,8 +206,8 @@ def test_the_domain_is_created_once(register):
     )
     assert register(fake) is None
     assert register(fake) is None
-    assert created == [b"ai.qgraph"]
-    assert added == [42, 42]
+    assert created == [b"ai.qgraph", b"ai.qgraph.calibration"]
+    assert added == [42, 43] * 2
 
 
 def test_our_domain_is_unknown_without_the_library():
