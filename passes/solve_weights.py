@@ -1,23 +1,28 @@
 """solve-weights: float weights of the plan → codes and scales, one weight at a time.
 
 At most two weights are in memory: what is solved goes to the spool. A weight with NaN or Inf is an error, not a guess.
+Solvers that ask for Gram matrices get those of the weight's inputs on the data, as many at a time as may be in memory.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from qgraph import errors, registry, weights
-from qgraph.pipeline import Context, Fact, Keeps, Pass
+from qgraph import calibrate, data, errors, registry, weights
+from qgraph.calibrate import grams
+from qgraph.observers import Wanted
+from qgraph.passes.solvers import weighted
+from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.plan import Decision
 from qgraph.registry import register
-from qgraph.solver import Solver
+from qgraph.solver import Solver, WeightStats
 from qgraph.spec import QTensor
 from qgraph.spool import Packed
 from qgraph.weights import Weight
@@ -34,48 +39,129 @@ class SolveWeights(Pass):
     gives = frozenset({Fact.SOLVED})
     keeps = Keeps.BIT_EXACT
 
+    class Options(PassOptions):
+        """What collecting Gram matrices may use."""
+
+        gram_memory: int = 512
+        """MiB of Gram matrices in memory at once; where that is too little the model runs several times."""
+        max_memory: int = 32
+        """MiB of activations alive at once in one of these runs."""
+
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.plan.solved`."""
         found = {w.name: w for w in weights.find(model)}
         planned = ctx.plan.quantized()
+        solvers = {d.solver: make_solver(d.solver, ctx) for d in planned}
         total = sum(found[d.value].nbytes for d in planned) or 1
-        solvers: dict[str, Solver] = {}
         kept: dict[str, Future[Packed]] = {}
         done = 0
         with ThreadPoolExecutor(1) as keeper:  # writes one weight while the next is solved
-            for decision in planned:
+            for decision, stats in self._with_statistics(model, found, solvers, ctx):
                 weight = found[decision.value]
                 ctx.progress(f"solving {weight.label}", done / total)
-                if decision.solver not in solvers:
-                    solvers[decision.solver] = make_solver(decision.solver, ctx)
-                rng = np.random.default_rng([ctx.recipe.seed, len(kept)])
-                q = self._solve(weight, decision, solvers[decision.solver], rng, ctx)
+                # What is random depends on the weight's place in the plan, not on the order of solving.
+                rng = np.random.default_rng([ctx.recipe.seed, planned.index(decision)])
+                q = self._solve(weight, decision, solvers[decision.solver], stats, rng, ctx)
                 wait(kept.values())
                 kept[weight.name] = keeper.submit(Packed, q, ctx.spool)
                 done += weight.nbytes
-        ctx.plan.solved.update({name: future.result() for name, future in kept.items()})
+        ctx.plan.solved.update({d.value: kept[d.value].result() for d in planned})
         ctx.progress("solved", 1.0)
         return False
+
+    def _with_statistics(
+        self, model: ir.Model, found: dict[str, Weight], solvers: dict[str, Solver], ctx: Context
+    ) -> Iterator[tuple[Decision, WeightStats | None]]:
+        """Each decision with what its solver wants to know: those without statistics first."""
+        asking: dict[str, Decision] = {}
+        wanted: list[tuple[Weight, tuple[str, ...]]] = []
+        for decision in ctx.plan.quantized():
+            weight = found[decision.value]
+            if solvers[decision.solver].statistics == "none":
+                yield decision, None
+                continue
+            inputs = grams.inputs_of(weight)
+            if isinstance(inputs, str):
+                message = f"solver {decision.solver} has no Gram matrix for it: {inputs}"
+                hint = "it was solved as if all inputs were alike and independent"
+                ctx.report("note", "QG404", weight.label, message, hint)
+                yield decision, None
+                continue
+            asking[weight.name] = decision
+            wanted.append((weight, inputs))
+        if not wanted:
+            return
+        dataset = _dataset(model, asking[wanted[0][0].name], ctx)
+        options = self.options_as(SolveWeights.Options)
+        for batch in grams.batches(wanted, options.gram_memory << 20):
+            names = dict.fromkeys(n for _, inputs in batch for n in inputs)
+            stats = calibrate.run(
+                model,
+                dataset,
+                dict.fromkeys(names, Wanted(gram=True)),
+                threads=ctx.threads,
+                max_memory=options.max_memory << 20,
+                progress=ctx.progress,
+            )
+            held = grams.Grams(stats)
+            for weight, inputs in batch:
+                yield asking[weight.name], _known(held, weight, inputs, ctx)
 
     def _solve(
         self,
         weight: Weight,
         decision: Decision,
         solver: Solver,
+        stats: WeightStats | None,
         rng: np.random.Generator,
         ctx: Context,
     ) -> QTensor:
         w = weight.read()
         power = _power(w, weight, ctx.threads)
         assert decision.spec is not None
-        q = solver.solve(w, decision.spec, None, rng)
-        sqnr = (
-            math.inf if q.error == 0 else 10 * math.log10(power / q.error) if power else -math.inf
-        )
+        q = solver.solve(w, decision.spec, stats, rng)
+        error = q.error if stats is None else weighted.plain_error(w, q)
+        sqnr = math.inf if error == 0 else 10 * math.log10(power / error) if power else -math.inf
         ctx.records.setdefault(weight.name, {}).update(
-            squared_error=q.error, sqnr_db=sqnr, elements=w.size
+            squared_error=error, sqnr_db=sqnr, elements=w.size
         )
         return q
+
+
+def _dataset(model: ir.Model, decision: Decision, ctx: Context) -> data.Dataset:
+    """The samples, checked against the model's inputs."""
+    if ctx.data is None:
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG131", f"solver {decision.solver}",
+                "needs samples to know what its weights are multiplied with", "give --data (data=...)",
+            )
+        )  # fmt: skip
+    if not isinstance(ctx.data, data.Dataset):
+        ctx.data = data.load(ctx.data, data.inputs_of(model))
+        ctx.diagnostics.extend(ctx.data.notes)
+    dataset: data.Dataset = ctx.data
+    return dataset
+
+
+def _known(
+    held: grams.Grams, weight: Weight, inputs: tuple[str, ...], ctx: Context
+) -> WeightStats | None:
+    gram = held.of(inputs)
+    if gram is None:
+        ctx.report(
+            "warning", "QG405", weight.label, f"the samples never reach {' or '.join(inputs)}",
+            "it was solved as if all inputs were alike; give samples that take every branch",
+        )  # fmt: skip
+        return None
+    if not np.isfinite(gram).all():
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG403", weight.label, f"its input {' or '.join(inputs)} has NaN or Inf",
+                'leave such samples out, or give the weight solver = "rtn" in a rule',
+            )
+        )  # fmt: skip
+    return WeightStats(importance=np.diag(gram).astype(np.float32), gram=gram)
 
 
 def make_solver(name: str, ctx: Context) -> Solver:

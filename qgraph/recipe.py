@@ -178,9 +178,10 @@ _REST = (
 )
 
 
-def _int4(group: int) -> Rule:
+def _int4(group: int, solver: str = "rtn") -> Rule:
     specs = (f"uint4.g{group}.asym", f"int4.g{group}", "int8.ch", FLOAT)
-    return _rule("linear", *specs, sensitive=f"int8.g{group}", sensitive_share=0.09)
+    sensitive = f"int8.g{group}"
+    return _rule("linear", *specs, sensitive=sensitive, sensitive_share=0.09, solver=solver)
 
 
 _NO_DATA = (
@@ -245,6 +246,11 @@ PRESETS: dict[str, Recipe] = {
             name="int4-g128",
             summary="as int4, in groups of 128: 0.8 bits per weight less and faster kernels, somewhat more error",
             rules=(*_TABLES, _int4(128), *_REST),
+        ),
+        Recipe(
+            name="int4-gptq",
+            summary="as int4, rounded so that errors cancel on the samples of --data (gptq, then coordinate descent)",
+            rules=(*_TABLES, _int4(32, "round-descent"), *_REST),
         ),
         Recipe(
             name="w4a8",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,10 @@ class WeightStats:
 
 
 class Solver(ABC):
-    """Base class of solvers. Set `name` and implement `solve`."""
+    """Base class of solvers. Set `name` and implement `solve`; `statistics` says what of the inputs it asks for."""
 
     name: ClassVar[str]
+    statistics: ClassVar[Literal["none", "gram"]] = "none"
     Options: ClassVar[type[SolverOptions]] = SolverOptions
 
     def __init__(self, **options: Any) -> None:

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define QG_ABI_VERSION 2
+#define QG_ABI_VERSION 3
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -40,6 +40,31 @@ QG_EXPORT int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64
                                 int64_t group, int32_t bits, int32_t mode, int32_t scale_is_float16,
                                 const float* importance, uint8_t* codes, float* scales,
                                 uint8_t* zero_points, double* row_error);
+
+// Codes for w [rows, cols] under a Gram matrix: kernels/feedback.h says how qg_feedback rounds,
+// kernels/descent.h how qg_descent improves what is there. Scales and zero points lie as above, but
+// zero points are floats (whole numbers) and there is always one: 0 where codes are symmetric.
+struct QgRounding {
+  int32_t isa;  // -1 for the one in use
+  int32_t bits;
+  int32_t codes_are_signed;
+  int32_t scale_is_float16;
+  int64_t rows, cols, group;
+  uint8_t* codes;
+  float* scales;
+  float* zero_points;
+  float low, high;  // the range of codes, within that of `bits`
+};
+
+// order [cols] and factor [cols, cols] as in kernels/rounding.h; scratch has 32 * cols floats.
+QG_EXPORT int32_t qg_feedback(const struct QgRounding* grid, const float* w, const int32_t* order,
+                              const float* factor, float* scratch);
+
+// gram [cols, cols], group_sums [groups, cols] (sums of its rows), gradient [rows, cols] =
+// (w - quantized) * gram, which is kept up to date; scratch has cols floats.
+QG_EXPORT int32_t qg_descent(const struct QgRounding* grid, const float* gram,
+                             const float* group_sums, float* gradient, int32_t fits_scales,
+                             int32_t fits_zero_points, int32_t sweeps, float* scratch);
 
 // Packs codes [rows, cols] of 2, 4 or 8 bits into bytes [rows, ceil(cols * bits / 8)], the first
 // code in the lowest bits. Only the low bits of each code are used; a short last byte is filled

@@ -250,7 +250,11 @@ def _warn_of_unused_data(recipe: Recipe) -> None:
     from qgraph import registry
     from qgraph.pipeline import Fact
 
-    if any(Fact.STATS in registry.get("pass", each).needs for each in recipe.pipeline):
+    kinds = [registry.get("pass", each) for each in recipe.pipeline]
+    solvers = [registry.get("solver", rule.solver) for rule in recipe.rules]
+    if any(Fact.STATS in each.gives for each in kinds) or any(
+        each.statistics != "none" for each in solvers
+    ):
         return
     message = (
         f"is not used: recipe {recipe.name!r} does not calibrate, and there is no floor to hold"

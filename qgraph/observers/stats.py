@@ -14,6 +14,7 @@ import numpy.typing as npt
 from qgraph.observers.histogram import FloatHistogram
 
 Doubles = npt.NDArray[np.float64]
+_GRAM_ROWS = 512
 _UNIT = 149  # every float32 is a multiple of 2^-149
 
 
@@ -106,10 +107,13 @@ class TensorStats:
             axis = self.wanted.channel_axis
             self._update_channels(values, axis + new_axes if axis >= 0 else axis)
         if self.wanted.gram and values.ndim:
-            rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
-            product = rows.T @ rows
-            self.gram = product if self.gram is None else self.gram + product
-            self.gram_rows += rows.shape[0]
+            rows = values.reshape(-1, values.shape[-1])
+            # Products in float32, a few rows at a time; their sum in float64.
+            for start in range(0, len(rows), _GRAM_ROWS):
+                part = np.asarray(rows[start : start + _GRAM_ROWS], np.float32)
+                product = (part.T @ part).astype(np.float64)
+                self.gram = product if self.gram is None else self.gram + product
+            self.gram_rows += len(rows)
 
     def update_extremes(self, low: npt.NDArray[np.float32], high: npt.NDArray[np.float32]) -> None:
         """Take in the extremes [samples] of samples whose values are counted already; inf, -inf of one without any."""

@@ -184,3 +184,83 @@ def test_ternary_weights_are_exact():
     assert q is not None and q.error == 0
     assert np.array_equal(q.dequantize(), w)
     assert solve("ternary", normal(48, 64), "int2.ch") is None
+
+
+def correlated(k: int, rows: int, seed: int) -> np.ndarray[Any, Any]:
+    """The Gram matrix of inputs that lean on each other, some large, some dead."""
+    rng = np.random.default_rng([seed, k])
+    x = rng.standard_normal((rows, k)) @ (rng.standard_normal((k, k)) / np.sqrt(k) + np.eye(k))
+    x = x * np.exp(rng.standard_normal(k)) + rng.standard_normal(k)
+    x[:, rng.random(k) < 0.05] = 0
+    gram: np.ndarray[Any, Any] = x.T @ x / max(rows, 1)
+    return gram
+
+
+def gram_cost(w: Any, q: QTensor, gram: Any) -> np.ndarray[Any, Any]:
+    e = np.asarray(w, np.float64) - q.dequantize()
+    found: np.ndarray[Any, Any] = np.einsum("nk,nk->n", e @ gram, e)
+    return found
+
+
+GRAM_SOLVERS = [n for n in SOLVERS if registry.get("solver", n).statistics == "gram"]
+
+
+@pytest.mark.parametrize("sign", ["sym", "asym"])
+@pytest.mark.parametrize("grain", ["tensor", "ch", "g16", "g32", "g64", "g128"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", GRAM_SOLVERS)
+def test_no_row_is_worse_than_plain_rounding_under_the_gram_matrix(name, bits, grain, sign):
+    text = f"{'' if sign == 'sym' else 'u'}int{bits}.{grain}.{sign}"
+    ratios = []
+    for (n, k), label in itertools.product([(48, 64), (5, 37), (3, 300)], ("normal", "outlier")):
+        w = FILLS[label](n, k)
+        # As many rows as columns and more, and far fewer: a Gram matrix without full rank.
+        for rows in (2 * k, k // 4):
+            gram = correlated(k, rows, n)
+            stats = WeightStats(importance=np.diag(gram).astype(np.float32), gram=gram)
+            plain, found = (solve(each, w, text, stats) for each in ("rtn", name))
+            assert plain is not None and found is not None
+            found.check()
+            cost, bound = gram_cost(w, found, gram), gram_cost(w, plain, gram)
+            slack = 1e-9 * gram_cost(w, plain, np.eye(k)) * np.trace(gram)
+            assert (cost <= bound * (1 + 1e-6) + slack).all()
+            assert found.error == pytest.approx(cost.sum(), rel=1e-6)
+            if label == "normal":
+                ratios.append(cost.sum() / bound.sum())
+    assert np.mean(ratios) < 0.95
+
+
+@pytest.mark.parametrize("name", GRAM_SOLVERS)
+def test_gram_solvers_do_not_depend_on_threads_or_on_what_was_solved_before(name):
+    w, gram = normal(700, 96), correlated(96, 300, 0)
+    other = WeightStats(gram=correlated(96, 300, 1))
+    stats, spec = WeightStats(gram=gram), QuantSpec.parse("uint4.g32")
+    rng = np.random.default_rng(0)
+    solver = registry.get("solver", name)(threads=3)
+    solver.solve(w, spec, other, rng)
+    first = solver.solve(w, spec, stats, rng)
+    again = registry.get("solver", name)(threads=1).solve(w, spec, stats, rng)
+    assert same(first, again) and first.error == again.error
+
+
+def test_descent_is_better_than_feedback_and_feedback_than_plain_rounding():
+    w, gram = normal(96, 256), correlated(256, 1024, 3)
+    stats = WeightStats(importance=np.diag(gram).astype(np.float32), gram=gram)
+    for text in ("uint4.g32", "int4.g128", "uint2.g64"):
+        found = [solve(name, w, text, stats) for name in ("round-descent", "gptq", "rtn")]
+        best, middle, worst = (gram_cost(w, q, gram).sum() for q in found if q is not None)
+        assert best < 0.97 * middle and middle < 0.8 * worst, text
+
+
+def test_dead_inputs_and_a_gram_matrix_of_zeros_are_no_obstacle():
+    w = normal(8, 64)
+    for gram in (np.zeros((64, 64)), np.diag(np.eye(64)[3])):
+        q = solve("round-descent", w, "uint4.g32", WeightStats(gram=gram))
+        assert q is not None
+        q.check()
+
+
+def test_a_broken_gram_matrix_is_refused():
+    for gram, text in ((np.full((64, 64), np.nan), "NaN"), (np.eye(63), r"expected \[64, 64\]")):
+        with pytest.raises(ValueError, match=text):
+            solve("gptq", normal(8, 64), "uint4.g32", WeightStats(gram=gram))

@@ -1,0 +1,241 @@
+"""What the solvers with a Gram matrix share: the cost e H eᵀ of an error e, its factors, and the choice row by row.
+
+H is the mean of x xᵀ over the calibration data plus a share of its mean diagonal (damping), so that directions that
+the data never showed cost something too. Without a Gram matrix H is diagonal: the importance, or ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qgraph import native_rounding, numerics
+from qgraph.native_rounding import Rows
+from qgraph.solver import WeightStats
+from qgraph.spec import Floats, QTensor, QuantSpec
+
+Doubles = npt.NDArray[np.float64]
+_CHUNK = 1 << 21  # elements of a task
+_RETRIES = 6
+
+
+class Curvature:
+    """H and what is made of it, for all weights that read one tensor.
+
+    Attributes:
+        gram: [K, K] float64, the mean of x xᵀ.
+        damping: share of the mean diagonal that was added, after retries.
+        damped: [K, K] float64, H.
+    """
+
+    def __init__(self, gram: Doubles, damping: float) -> None:
+        if not np.isfinite(gram).all():
+            raise ValueError("the Gram matrix has NaN or Inf")
+        self.gram = gram
+        self.damping = damping
+        self.damped, self._lower = self._factored()
+
+    def _factored(self) -> tuple[Doubles, Doubles]:
+        """H and the Cholesky factor of H with rows and columns in reverse rounding order."""
+        k = len(self.gram)
+        # What carries nothing still needs a code: a unit of cost, the same for all.
+        mean = float(np.trace(self.gram)) / max(k, 1) or 1.0
+        for _ in range(_RETRIES):
+            damped = self.gram + np.eye(k) * (self.damping * mean)
+            backwards = self.order[::-1]
+            try:
+                lower: Any = np.linalg.cholesky(damped[np.ix_(backwards, backwards)])
+            except np.linalg.LinAlgError:
+                self.damping = max(10 * self.damping, 1e-6)
+            else:
+                return damped, lower
+        raise AssertionError(f"no Cholesky factor with {self.damping} of the mean diagonal added")
+
+    @cached_property
+    def order(self) -> npt.NDArray[np.int32]:
+        """Columns with the most energy first: their errors are made up for by most others (act-order)."""
+        return np.argsort(-np.diag(self.gram), kind="stable").astype(np.int32)
+
+    @cached_property
+    def factor(self) -> Floats:
+        """What `native_rounding.feedback` wants: row j, unit diagonal, in rounding order."""
+        # H = R Rᵀ with R upper triangular; row j of Rᵀ over R_jj.
+        transposed = self._lower.T[::-1, ::-1]
+        return np.ascontiguousarray(transposed / np.diag(transposed)[:, None], np.float32)
+
+    @cached_property
+    def single(self) -> Floats:
+        """H in float32."""
+        return self.damped.astype(np.float32)
+
+    def group_sums(self, group: int) -> Floats:
+        """[G, K] float32: the sum of the rows of H in each group."""
+        starts = np.arange(0, len(self.damped), group)
+        return np.add.reduceat(self.damped, starts, axis=0).astype(np.float32)
+
+    def cost(self, w: Floats, rows: Rows, *, is_damped: bool = False) -> Doubles:
+        """What each row costs, e H eᵀ: [N] float64."""
+        h = self.damped if is_damped else self.gram
+        e = w.astype(np.float64) - rows.dequantize()
+        found: Doubles = np.maximum(np.einsum("nk,nk->n", e @ h, e), 0)
+        return found
+
+
+class Prepared:
+    """The curvature of the last tensor: weights that share an input come one after the other."""
+
+    def __init__(self, damping: float) -> None:
+        self._damping = damping
+        self._key: Any = None
+        self._held: Curvature | None = None
+
+    def of(self, stats: WeightStats | None, k: int) -> Curvature:
+        """The curvature for a weight with K columns."""
+        key = None if stats is None else stats.gram
+        if self._held is None or key is None or key is not self._key:
+            self._key, self._held = key, Curvature(_gram(stats, k), self._damping)
+        return self._held
+
+
+def _gram(stats: WeightStats | None, k: int) -> Doubles:
+    if stats is None or (stats.gram is None and stats.importance is None):
+        return np.eye(k)
+    if stats.gram is None:
+        assert stats.importance is not None
+        return np.diag(stats.importance.astype(np.float64))
+    if stats.gram.shape != (k, k):
+        raise ValueError(f"gram is {list(stats.gram.shape)}, expected {[k, k]}")
+    return np.asarray(stats.gram, np.float64)
+
+
+def importance(curvature: Curvature) -> Floats:
+    """[K] the diagonal of H, scaled to a mean of 1 so that float32 holds its products."""
+    diagonal = np.diag(curvature.gram)
+    mean = diagonal.mean() if diagonal.size else 1.0
+    return (diagonal / (mean or 1.0)).astype(np.float32)
+
+
+def unpack(q: QTensor) -> Rows:
+    """A solved matrix as rows that native code can change: signed codes where symmetric, else unsigned."""
+    q = q.stored_as(signed=q.spec.symmetric)
+    n, k = q.shape
+    groups = q.spec.scale_shape(n, k)[1]
+    scale = np.array(np.broadcast_to(q.scale, (n, groups)), np.float32)
+    zero = np.zeros((n, groups), np.float32)
+    if q.zero_point is not None:
+        zero[:] = q.zero_point
+    qtype = q.spec.qtype
+    codes: Any = np.array(q.codes)
+    return Rows(
+        codes, scale, zero, q.spec.group or max(k, 1), qtype.bits, qtype.qmin, qtype.qmax,
+        q.spec.scale_dtype,
+    )  # fmt: skip
+
+
+def pack(rows: Rows, asked: QuantSpec, error: float) -> QTensor:
+    """The inverse of `unpack`, in the type that was asked for."""
+    spec = replace(asked, qtype=asked.storage(signed=asked.symmetric).qtype)
+    n, k = rows.codes.shape
+    shape = spec.scale_shape(n, k)
+    scale = np.ascontiguousarray(rows.scale[: shape[0]])
+    zero: Any = None
+    if not spec.symmetric:
+        zero = np.ascontiguousarray(rows.zero_point[: shape[0]]).astype(spec.qtype.container)
+    return QTensor(spec, rows.codes, scale, zero, error).stored_as(signed=asked.qtype.is_signed)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One matrix to solve: everything that a row needs, for any number of threads."""
+
+    w: npt.NDArray[np.floating[Any]]
+    spec: QuantSpec
+    curvature: Curvature
+    threads: int
+
+    def improve(self, start: QTensor, ways: Iterable[Callable[[Floats, Rows], Rows]]) -> QTensor:
+        """The best of the start and what each way makes of what came before it, row by row.
+
+        Args:
+            start: never done worse than.
+            ways: (w, rows) → other rows; each gets the best rows so far.
+
+        Returns:
+            What was found; `error` is the sum of e H eᵀ without damping.
+        """
+        rows = unpack(start)
+        steps = tuple(ways)
+        n, k = rows.codes.shape
+        # A per-tensor scale is one for all rows: rows may then differ in their codes alone.
+        size = max(native_rounding.FEEDBACK_ROWS, _CHUNK // max(k, 1))
+        size -= size % native_rounding.FEEDBACK_ROWS
+
+        def solve(first: int) -> float:
+            part = slice(first, min(first + size, n))
+            w = np.ascontiguousarray(self.w[part], np.float32)
+            best = rows.part(part)
+            cost = self.curvature.cost(w, best)
+            for way in steps:
+                other = way(w, best)
+                found = self.curvature.cost(w, other)
+                better = found < cost
+                best.codes[better] = other.codes[better]
+                best.scale[better] = other.scale[better]
+                best.zero_point[better] = other.zero_point[better]
+                cost = np.where(better, found, cost)
+            return float(cost.sum())
+
+        with ThreadPoolExecutor(self.threads or os.cpu_count() or 1) as pool:
+            error = math.fsum(pool.map(solve, range(0, n, size)))
+        return pack(rows, self.spec, error)
+
+    def feedback(self, w: Floats, rows: Rows) -> Rows:
+        """Round again on the grid that the rows have, with feedback."""
+        other = rows.copy()
+        native_rounding.feedback(other, w, self.curvature.order, self.curvature.factor)
+        return other
+
+    def descend(self, sweeps: int) -> Callable[[Floats, Rows], Rows]:
+        """Coordinate descent from the rows as they are."""
+        sums = self.curvature.group_sums(self.spec.group or max(self.w.shape[1], 1))
+
+        def way(w: Floats, rows: Rows) -> Rows:
+            other = rows.copy()
+            e = w.astype(np.float64) - other.dequantize()
+            native_rounding.descend(
+                other,
+                self.curvature.single,
+                sums,
+                (e @ self.curvature.damped).astype(np.float32),
+                fits_scales=not self.spec.is_per_tensor,
+                fits_zero_points=not (self.spec.symmetric or self.spec.is_per_tensor),
+                sweeps=sweeps,
+            )
+            return other
+
+        return way
+
+
+def plain_error(w: npt.NDArray[np.floating[Any]], q: QTensor) -> float:
+    """Σ (w - q)² without weights, in float64, some rows at a time."""
+    n, k = w.shape
+    size = max(1, _CHUNK // max(k, 1))
+    whole = q.dequantize() if q.spec.is_per_tensor else None
+    total = 0.0
+    for first in range(0, n, size):
+        part = slice(first, first + size)
+        if whole is None:
+            points = None if q.zero_point is None else q.zero_point[part]
+            some = numerics.dequantize(q.codes[part], q.scale[part], points, q.spec)
+        else:
+            some = whole[part]
+        total += float(np.square(w[part].astype(np.float64) - some).sum())
+    return total

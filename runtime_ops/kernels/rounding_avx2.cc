@@ -1,0 +1,7 @@
+#include "kernels/simd_avx2.h"
+// The vector type comes first.
+#include "kernels/descent.h"
+#include "kernels/feedback.h"
+
+void qg_feedback__avx2(const FeedbackProblem& problem) { feedback_all(problem); }
+void qg_descent__avx2(const DescentProblem& problem) { descend_all(problem); }

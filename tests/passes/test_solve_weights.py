@@ -1,0 +1,139 @@
+"""Gram matrices from samples to solvers: which weights share one, what is said where there is none, bounded memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import qgraph
+from qgraph import calibrate, errors, files, weights
+from qgraph.calibrate import grams
+from qgraph.models import data
+from qgraph.models.builder import BOOL, FLOAT, Builder
+from qgraph.observers import Wanted
+
+PURE = ["linear.sensitive_share=0.0"]
+
+
+def samples(count=4):
+    tokens = data.eval_tokens()
+    return [{"input_ids": tokens[i * 128 : (i + 1) * 128][None]} for i in range(count)]
+
+
+def linear(model):
+    return [w for w in weights.find(model) if w.kinds == ["matmul"] and not w.uses[0].reason]
+
+
+def test_weights_that_read_one_tensor_share_its_gram_matrix():
+    model = files.load("zoo:tiny-llama")
+    found = {w.label: grams.inputs_of(w) for w in linear(model)}
+    by_input: dict[tuple[str, ...] | str, int] = {}
+    for inputs in found.values():
+        by_input[inputs] = by_input.get(inputs, 0) + 1
+    assert {1, 2, 3} <= set(by_input.values())  # down or output; gate and up; queries, keys, values
+
+
+def test_the_gram_matrix_is_the_mean_of_x_xt():
+    model = files.load("zoo:tiny-llama")
+    weight = linear(model)[0]
+    inputs = grams.inputs_of(weight)
+    assert not isinstance(inputs, str)
+    dataset = qgraph.data.load(samples(), qgraph.data.inputs_of(model))
+    stats = calibrate.run(model, dataset, dict.fromkeys(inputs, Wanted(gram=True)))
+    held = grams.Grams(stats)
+    gram = held.of(inputs)
+    assert gram is not None and gram is held.of(inputs)
+    assert gram.shape == (weight.shape[1],) * 2 and np.array_equal(gram, gram.T)
+    assert stats[inputs[0]].gram_rows == 4 * 128
+    assert np.linalg.eigvalsh(gram).min() > -1e-6 * np.trace(gram)
+
+
+def test_batches_keep_order_and_fit_where_they_can():
+    model = files.load("zoo:tiny-llama")
+    wanted = [(w, grams.inputs_of(w)) for w in linear(model)]
+    k = max(w.shape[1] for w, _ in wanted)
+    for limit in (0, 8 * k * k, 1 << 30):
+        found = list(grams.batches(wanted, limit))
+        assert [item for batch in found for item in batch] == wanted
+        for batch in found:
+            sizes = {i: w.shape[1] for w, inputs in batch for i in inputs}
+            nbytes = 8 * sum(size**2 for size in sizes.values())
+            assert nbytes <= limit or len(sizes) == 1
+    assert len(list(grams.batches(wanted, 1 << 30))) == 1
+
+
+def tiny_llama(recipe, **options):
+    return qgraph.optimize("zoo:tiny-llama", recipe, overrides=PURE, inspect=False, **options)
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-qgraph", "openvino"])
+def test_int4_gptq_is_nearer_to_the_float_model_than_int4(target):
+    from qgraph import evaluate
+
+    tokens = data.eval_tokens()[4096:6144]
+    found = {}
+    for recipe in ("int4", "int4-gptq"):
+        given = samples(16) if recipe == "int4-gptq" else None
+        result = tiny_llama(recipe, target=target, data=given)
+        assert sum(e.spec.startswith("uint4") for e in result.ledger) >= 10
+        compared = evaluate.divergence(
+            files.load("zoo:tiny-llama"), result.model, tokens, 128
+        ).divergence
+        found[recipe] = compared.kl_mean.value
+    assert found["int4-gptq"] < 0.85 * found["int4"]
+
+
+def test_memory_for_gram_matrices_changes_nothing_but_the_number_of_runs():
+    made = []
+    for memory in (0, 512):
+        result = tiny_llama(
+            {"extends": "int4-gptq", "options": {"solve-weights": {"gram_memory": memory}}},
+            data=samples(2),
+        )
+        made.append({e.label: e.sqnr_db for e in result.ledger})
+    assert made[0] == made[1]
+
+
+def test_without_samples_it_says_what_to_give():
+    with pytest.raises(errors.InputError) as caught:
+        tiny_llama("int4-gptq")
+    found = caught.value.diagnostics[0]
+    assert found.code == "QG131" and "--data" in found.hint and "round-descent" in found.where
+
+
+def test_a_weight_without_gram_matrix_is_named():
+    recipe = {
+        "name": "all",
+        "rules": [{"id": "all", "weights": "int8.ch", "solver": "gptq"}],
+        "min_elements": 1,
+    }
+    result = qgraph.optimize("zoo:tiny-cnn", recipe, data=images(), inspect=False)
+    found = [d for d in result.report.diagnostics if d.code == "QG404"]
+    assert found and all("Conv" in d.message for d in found)
+    assert {d.where for d in found} < {e.label for e in result.ledger}
+
+
+def images():
+    name = files.load("zoo:tiny-cnn").graph.inputs[0].name
+    rng = np.random.default_rng(0)
+    return [{name: rng.random((1, 1, 8, 8), np.float32)} for _ in range(4)]
+
+
+def test_a_branch_that_no_sample_takes_is_named():
+    rng = np.random.default_rng(0)
+    b, then, other = Builder("main"), Builder("then"), Builder("else")
+    x, flag = b.input("x", FLOAT, ["batch", 64]), b.input("flag", BOOL, [])
+    for branch, op in ((then, "Relu"), (other, "Neg")):
+        w = branch.initializer(f"{op}.weight", rng.standard_normal((64, 64)).astype(np.float32))
+        branch.output(f"{op}_out", branch.op("MatMul", branch.op(op, x), w))
+    chosen = b.op("If", flag, then_branch=then.graph(), else_branch=other.graph())
+    b.output("y", chosen, FLOAT, ["batch", 64])
+    rows = rng.standard_normal((4, 64)).astype(np.float32)
+    result = qgraph.optimize(
+        b.model(),
+        {"name": "all", "rules": [{"id": "all", "weights": "int4.g32", "solver": "gptq"}]},
+        data=[{"x": rows, "flag": np.asarray(True)}],
+        inspect=False,
+    )
+    found = [d for d in result.report.diagnostics if d.code == "QG405"]
+    assert [d.where for d in found] == ["Neg.weight"] and "never reach" in found[0].message
