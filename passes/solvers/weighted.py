@@ -117,10 +117,11 @@ def _gram(stats: WeightStats | None, k: int) -> Doubles:
 
 
 def importance(curvature: Curvature) -> Floats:
-    """[K] the diagonal of H, scaled to a mean of 1 so that float32 holds its products."""
+    """[K] the diagonal of the Gram matrix over a power of two, so that float32 holds its products."""
     diagonal = np.diag(curvature.gram)
-    mean = diagonal.mean() if diagonal.size else 1.0
-    return (diagonal / (mean or 1.0)).astype(np.float32)
+    mean = float(diagonal.mean()) if diagonal.size else 0.0
+    exponent = math.frexp(mean)[1]
+    return np.ldexp(diagonal, -exponent).astype(np.float32)
 
 
 def unpack(q: QTensor) -> Rows:

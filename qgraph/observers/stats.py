@@ -108,10 +108,9 @@ class TensorStats:
             self._update_channels(values, axis + new_axes if axis >= 0 else axis)
         if self.wanted.gram and values.ndim:
             rows = values.reshape(-1, values.shape[-1])
-            # Products in float32, a few rows at a time; their sum in float64.
-            for start in range(0, len(rows), _GRAM_ROWS):
-                part = np.asarray(rows[start : start + _GRAM_ROWS], np.float32)
-                product = (part.T @ part).astype(np.float64)
+            for start in range(0, len(rows), _GRAM_ROWS):  # no copy of all rows in float64
+                part = rows[start : start + _GRAM_ROWS].astype(np.float64)
+                product = part.T @ part
                 self.gram = product if self.gram is None else self.gram + product
             self.gram_rows += len(rows)
 
