@@ -63,6 +63,7 @@ class InsertQdq(Pass):
             self._write(writer, use, form_name, weight, decision, ctx)
         for weight, decision in planned:
             _record(weight, decision, ctx)
+        regions, grids = activations.recall(model, ctx.plan)  # forms may have replaced values
         for node in dict.fromkeys(n for nodes in placed.uses.values() for n in nodes):
             assert node.inputs[0] is not None
             placed.write_bias(writer, node, grids[node.inputs[0]])

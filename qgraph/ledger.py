@@ -49,6 +49,18 @@ def activations(ctx: Context) -> list[Activation]:
 
 def _count_macs(report: Report, ctx: Context, ran: Mapping[str, Ran]) -> None:
     """What runs for every operator with products, and which share of them is integer."""
+    _say_why(ctx, ran)
+    report.operators = list(ctx.operators.values())
+    total = sum(o.macs for o in report.operators)
+    if total:
+        report.integer_macs = sum(o.macs for o in report.operators if o.integer) / total
+        report.checks.append(
+            f"{report.integer_macs:.1%} of the multiplications of one sample run in integer kernels"
+        )
+
+
+def _say_why(ctx: Context, ran: Mapping[str, Ran], unknown: str = "") -> None:
+    """What runs for every operator with products, and why it is no integer kernel; `unknown` where nobody looked."""
     for operator in ctx.operators.values():
         found = ran.get(operator.output)
         operator.runs = found.kernel if found else ""
@@ -59,17 +71,11 @@ def _count_macs(report: Report, ctx: Context, ran: Mapping[str, Ran]) -> None:
         if decision is not None and decision.spec is None:
             operator.code, operator.reason = decision.code, decision.reason
         elif decision is not None:
-            operator.reason = f"its weight is {decision.spec}, its activations are float"
+            held = f"its weight is {decision.spec}, its activations are float"
+            operator.reason = (unknown or held) if decision.activation is not None else held
         else:
             operator.code = "QG314"
             operator.reason = "a product of activations; they stay float"
-    report.operators = list(ctx.operators.values())
-    total = sum(o.macs for o in report.operators)
-    if total:
-        report.integer_macs = sum(o.macs for o in report.operators if o.integer) / total
-        report.checks.append(
-            f"{report.integer_macs:.1%} of the multiplications of one sample run in integer kernels"
-        )
 
 
 def ask_runtime(
@@ -83,6 +89,7 @@ def ask_runtime(
     outputs = [n["output"] for r in ctx.records.values() for n in r.get("nodes", ())]
     report.operators = list(ctx.operators.values())
     if not outputs or goal.inspect is None:
+        _say_why(ctx, {}, f"target {goal.name} does not say what it runs")
         return
     outputs = list(dict.fromkeys([*outputs, *ctx.operators]))
     ctx.progress(f"asking {goal.name} what it runs", 0.0)
@@ -90,6 +97,7 @@ def ask_runtime(
         ran = goal.inspect(str(path), outputs)
     except errors.RuntimeFailure as e:
         _blame(report, goal, source, e)
+        _say_why(ctx, {}, "what runs could not be checked")
         return
     for entry in report.ledger:
         nodes = ctx.records.get(entry.weight, {}).get("nodes", ())

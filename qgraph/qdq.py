@@ -141,7 +141,12 @@ class Placed:
         scales = dequantize.inputs[1]
         assert scales is not None
         values = np.asarray(graph.array(bias), np.float32).reshape(-1)
-        scale = numerics.bias_scale(grid.scale, graph.array(scales).reshape(-1), values.size)
+        per_channel = graph.array(scales).reshape(-1)
+        if values.size < per_channel.size:  # Gemm broadcasts one value
+            values = np.full(per_channel.size, values[0])
+        elif per_channel.size > 1:  # ConvTranspose shares scales between its groups
+            per_channel = np.tile(per_channel, values.size // per_channel.size)
+        scale = numerics.bias_scale(grid.scale, per_channel, values.size)
         codes = numerics.bias_codes(values, scale)
         key = ("bias", str(bias.name), grid.scale, str(scales.name))
         parts = {"int32": codes, "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}

@@ -17,6 +17,12 @@ import onnx_ir as ir
 from qgraph import graph
 
 Array = npt.NDArray[Any]
+_KEEP_RANK = frozenset(
+    {
+        "Cast", "Clip", "Dropout", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LayerNormalization",
+        "LeakyRelu", "LogSoftmax", "Relu", "Selu", "Sigmoid", "Softmax", "Sqrt", "Tanh", "Transpose",
+    }
+)  # fmt: skip
 
 
 def fold(model: ir.Model, *, to_gemm: bool) -> bool:
@@ -104,16 +110,26 @@ def _into_gemm(
     return True
 
 
-def _rank(v: ir.Value) -> int | None:
-    """The rank of a value, as far as it is known."""
-    if v.shape is not None:
-        return len(v.shape)
-    node = v.producer()
-    if node is not None and node.op_type == "Flatten":
+def _rank(v: ir.Value | None, depth: int = 32) -> int | None:
+    """The rank of a value, as far as it is known; many models declare no shapes."""
+    node = v.producer() if v is not None else None
+    if v is None or v.shape is not None:
+        return None if v is None or v.shape is None else len(v.shape)
+    if node is None or node.domain != "" or depth == 0:
+        return None
+    if node.op_type in ("Flatten", "Gemm"):
         return 2
-    if node is not None and node.op_type == "Reshape" and node.inputs[1] is not None:
+    if node.op_type == "Reshape" and node.inputs[1] is not None:
         shape = graph.small_array(node.inputs[1])
         return None if shape is None else shape.size
+    if node.op_type in _KEEP_RANK:
+        return _rank(node.inputs[0], depth - 1)
+    if node.op_type in ("Add", "Mul", "Sub", "Div", "MatMul"):
+        ranks = [_rank(x, depth - 1) for x in node.inputs]
+        known = [r for r in ranks if r is not None]
+        if len(known) < len(ranks) or (node.op_type == "MatMul" and min(known) < 2):
+            return None
+        return max(known)
     return None
 
 

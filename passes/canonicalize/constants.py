@@ -93,7 +93,7 @@ def merge_equal(model: ir.Model) -> bool:
 
 
 def fold(model: ir.Model) -> bool:
-    """Replace constant arithmetic in front of weights by one initializer that is computed when it is read."""
+    """Replace constant arithmetic in front of weights and biases by one initializer that is computed when it is read."""
     names = graph.Names(model)
     made_of: dict[Any, ir.Value] = {}  # two bodies that compute the same constant share one
     changed = False
@@ -104,7 +104,10 @@ def fold(model: ir.Model) -> bool:
             if node.op_type == "Transpose" and _feeds_only_weight_slots(node.outputs[0]):
                 continue
             key = _key(node)
-            if key not in made_of:
+            if node.op_type == "Identity" and graph.is_constant(node.inputs[0]):
+                assert node.inputs[0] is not None
+                made_of.setdefault(key, node.inputs[0])  # what is shared stays shared
+            elif key not in made_of:
                 made_of[key] = graph.add_initializer(
                     model.graph, names(_largest(node) + ".folded"), _evaluate_later(node)
                 )
@@ -164,6 +167,8 @@ def _leads_to_weight(v: ir.Value, depth: int = 8) -> bool:
     for node, index in v.uses():
         if (node.domain, node.op_type, index) in weights.LAYOUTS:
             return True
+        if node.domain == "" and index == 2 and node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+            return True  # a bias
         constant = all(_is_expression(i) for i in node.inputs if i is not v)
         if (
             node.domain == ""

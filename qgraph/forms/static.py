@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, weights
 from qgraph.forms.dequantize import Dequantize
 from qgraph.target import Request
 
@@ -40,10 +40,28 @@ class StaticInteger(Dequantize):
             return "takes no Gemm alpha"
         if use.index != 1:
             return "takes the weight as second input only"
-        return super().refuses(replace(request, activation=None))
+        return _bias_problem(request) or super().refuses(replace(request, activation=None))
 
     def opset(self, request: Request) -> int:
         """As DequantizeLinear; 21 for 16-bit activations."""
         assert request.activation is not None
         wide = request.activation.qtype.bits == 16
         return max(21 if wide else 10, super().opset(replace(request, activation=None)))
+
+
+def _bias_problem(request: Request) -> str:
+    """Why the bias of an operator has no int32 form, or ""."""
+    node = request.use.node
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None or request.use.kind == "matmul":
+        return ""
+    if not graph.is_constant(bias):
+        return "takes a constant bias, not a computed one"
+    n = request.use.matrix.shape(request.dims)[0]
+    if request.use.kind == "conv_transpose":
+        n *= int(graph.attribute(node, "group", 1))
+    shape = weights.tensor_shape(bias)
+    if request.use.kind == "gemm" and graph.attribute(node, "beta", 1.0) != 1.0:
+        return "takes no Gemm beta"
+    taken = {(n,), (1, n), (), (1,), (1, 1)} if request.use.kind == "gemm" else {(n,)}
+    return "" if shape in taken else f"takes a bias of shape [{n}], not {list(shape)}"

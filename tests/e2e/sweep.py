@@ -2,6 +2,8 @@
 
     python tests/e2e/sweep.py [--recipes auto,int4] [--targets onnx,ort,openvino,ort-qgraph] [--only GLOB] [--json FILE]
 
+Recipes with static activations (int8-static) are calibrated, and judged, on the samples that bench/accuracy_models.py
+knows for a model, on random ones otherwise.
 Each model runs in a process of its own, so that a crash or a hang ends one line of the table and not the sweep.
 Where QGRAPH_OLD_ORT_PYTHON names a Python with the oldest ONNX Runtime, results run there too.
 Outcomes: `ok`, `refused CODE`, `CRASH` (an exception that is no refusal, a dead process, a timeout) and `WRONG`: the
@@ -23,13 +25,15 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "forms"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[i] / n) for i, n in ((1, "forms"), (2, "bench"))]
 if __name__ == "__main__":  # a checkout need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import accuracy_models
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -38,6 +42,7 @@ from old_runtime import OldRuntime, Refused, is_available
 
 import qgraph
 from qgraph import compiler, errors, graph, numerics, runtime, verify
+from qgraph.recipe import load
 from qgraph.verify import equivalence
 
 Array = npt.NDArray[Any]
@@ -51,6 +56,7 @@ TARGETS = ("onnx", "ort", "openvino")
 # What 8 bits may cost. Below this the result has nothing to do with the model. Models with random weights have no
 # redundancy, so 4 bits may cost anything there: their figure is shown, not judged.
 FLOOR_DB = 5.0
+SAMPLES = 8  # real ones that calibrate a model, the first of many
 GROWTH = 4096  # bytes that names and metadata may add to a file
 
 
@@ -71,6 +77,7 @@ class Row:
         float_bytes: size of the file.
         output_bytes: size of the result.
         sqnr_db: worst float output against the float model, None where there is nothing to compare.
+        integer_macs: share of the multiplications of one sample in integer kernels, None where nobody counted.
         reasons: code of every weight that stayed float, with counts.
         other_bytes: float initializers of 1024 elements or more in the result that no operator known to qgraph uses.
         seconds: for optimize alone.
@@ -88,6 +95,7 @@ class Row:
     float_bytes: int = 0
     output_bytes: int = 0
     sqnr_db: float | None = None
+    integer_macs: float | None = None
     reasons: dict[str, int] = field(default_factory=dict)
     other_bytes: int = 0
     seconds: float = 0.0
@@ -97,6 +105,8 @@ class Row:
         outcome = f"refused {self.code}" if self.outcome == "refused" else self.outcome
         sqnr = "" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB"
         size = f"{self.float_bytes}>{self.output_bytes}" if self.output_bytes else ""
+        if self.integer_macs is not None:
+            sqnr += f" {self.integer_macs:4.0%}"
         cells = f"{outcome:14} {self.recipe:12} {self.target:8} {self.quantized:3}/{self.total:<3}"
         line = f"{cells} {size:>18} {sqnr:>9}  {self.model}"
         return "\n".join([line, *(f"    {p}" for p in [*self.problems, *self.notes])])
@@ -111,6 +121,14 @@ class Reference:
     outputs: Outputs = field(default_factory=list)
     problem: str = ""
     unstable: set[str] = field(default_factory=set)
+
+    def on(self, path: Path, feeds: list[dict[str, Any]]) -> Reference:
+        """The same model on other feeds."""
+        if self.problem:
+            return self
+        session = runtime.session(path, threads=1)
+        outputs = [run(session, feed) for feed in feeds]
+        return Reference(self.interface, feeds, outputs, "", self.unstable)
 
 
 def find(folder: Path, pattern: str = "*") -> list[Path]:
@@ -159,11 +177,16 @@ def sweep(
 def work(path: Path, name: str, todo: list[tuple[str, str]], answer: Connection) -> None:
     """The worker: one row after the other."""
     reference = run_reference(path)
+    seen: Reference | None = None
     for recipe, target in todo:
         row = Row(name, recipe, target)
         try:
             with tempfile.TemporaryDirectory(prefix="qgraph-sweep-") as scratch:
-                examine(path, row, reference, Path(scratch))
+                is_static = any(rule.is_static for rule in load(recipe).rules)
+                if is_static and seen is None:
+                    seen = reference.on(path, calibration(path, name, reference))
+                chosen = seen if is_static and seen is not None else reference
+                examine(path, row, chosen, Path(scratch), chosen.feeds if is_static else None)
         except Exception:  # noqa: BLE001  whatever it is, it is a line of the table
             row.outcome, row.problems = "CRASH", [traceback.format_exc(limit=-6).strip()]
         answer.send(row)
@@ -207,15 +230,25 @@ def same(a: Any, b: Any) -> bool:
     return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
-def examine(path: Path, row: Row, reference: Reference, scratch: Path) -> None:
-    """Optimize one model and fill its row."""
+def calibration(path: Path, name: str, reference: Reference) -> list[dict[str, Any]]:
+    """Samples: real ones where they are known, else random ones."""
+    known = next((m for m in accuracy_models.MODELS.values() if m.path == name), None)
+    if known is not None:
+        return list(islice(known.samples(), SAMPLES))
+    return [] if reference.problem else verify.sample_feeds(path, 4)
+
+
+def examine(
+    path: Path, row: Row, reference: Reference, scratch: Path, data: list[dict[str, Any]] | None
+) -> None:
+    """Optimize one model and fill its row; `data` calibrates it."""
     output = scratch / "model.onnx"
     started = time.perf_counter()
     # Asking OpenVINO takes a process and seconds each time; what it compiles is checked below anyway.
-    is_asked = row.target != "openvino" or row.recipe == "auto"
+    is_asked = row.target != "openvino" or row.recipe == "auto" or data is not None
     try:
         result = qgraph.optimize(
-            path, row.recipe, target=row.target, output=output, inspect=is_asked
+            path, row.recipe, target=row.target, output=output, inspect=is_asked, data=data
         )
     except errors.QGraphError as e:
         row.outcome, row.code = "refused", e.diagnostics[0].code
@@ -232,6 +265,7 @@ def examine(path: Path, row: Row, reference: Reference, scratch: Path) -> None:
     report = result.report
     row.quantized, row.total = len(report.quantized), len(report.ledger)
     row.float_bytes, row.output_bytes = report.float_bytes, report.output_bytes
+    row.integer_macs = report.integer_macs
     row.reasons = dict(collections.Counter(e.code for e in report.ledger if not e.spec))
     row.problems += [*ledger_problems(result), *file_problems(row, output)]
     row.other_bytes = unseen_bytes(output, result)
@@ -254,6 +288,9 @@ def ledger_problems(result: compiler.Result) -> Iterator[str]:
             yield f"{entry.label} stays float without a reason (code {entry.code!r})"
         if entry.spec and not (entry.reason and entry.forms):
             yield f"{entry.label} is quantized without a reason or a form"
+    for operator in report.operators:
+        if not operator.integer and not (operator.code or operator.reason):
+            yield f"{operator.op} {operator.output} runs as {operator.runs!r} without a reason"
     codes = {d.code for d in report.diagnostics if d.severity == "warning"}
     if not report.quantized and not codes & {"QG320", "QG321"}:
         yield "nothing was quantized and no warning says so"
