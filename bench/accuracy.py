@@ -1,16 +1,20 @@
 """Static INT8 side by side with other tools, on real models and their own tasks.
 
     python bench/accuracy.py --peers PYTHON --work FOLDER [--models resnet20,minilm] [--tools qgraph,nncf]
+                             [--target openvino]
 
 Models and data lie in the folder that QGRAPH_TEST_DATA names. Every tool gets the same calibration samples, which are
 disjoint from the measured ones (bench/accuracy_models.py), and runs in a process of its own; peers run in the
 interpreter PYTHON (onnxruntime, nncf). What is in FOLDER is not made or measured again. Figures: agreement with the
 float model or the task's own, SQNR of the outputs, latency over that of the float model (interleaved, one thread).
+With --target openvino qgraph writes for OpenVINO, and every tool's model is measured there, against the float model in
+OpenVINO.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tools", default=",".join([*OURS, *PEERS]))
     parser.add_argument("--peers", help="interpreter that has onnxruntime and nncf")
+    parser.add_argument("--target", default="ort", choices=("ort", "openvino"))
     parser.add_argument("--work", type=Path, help="keeps models and figures between runs")
     parser.add_argument("--again", action="store_true", help="make qgraph's models again")
     parser.add_argument("--json", type=Path, help="write the result there")
@@ -58,15 +63,16 @@ def main() -> None:
 def figures(name: str, tool: str, given: argparse.Namespace, work: Path) -> dict[str, Any]:
     """What a tool's model reaches, from `work` where it is known."""
     work.mkdir(parents=True, exist_ok=True)
-    known = work / f"{tool}.json"
+    suffix = "" if given.target == "ort" else f".{given.target}"
+    known = work / f"{tool}{suffix}.json"
     if known.exists() and not (given.again and tool in OURS):
         return json.loads(known.read_text())
     from accuracy_models import MODELS
 
     model = MODELS[name]
-    output = work / f"{tool}.onnx"
+    output = work / f"{tool}{suffix if tool in OURS else ''}.onnx"
     output.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--one", tool, name, str(work)]
+    command = [sys.executable, __file__, "--one", tool, name, str(work), given.target, str(output)]
     if tool not in OURS:
         if not given.peers:
             return {"failed": "needs --peers PYTHON"}
@@ -82,7 +88,8 @@ def figures(name: str, tool: str, given: argparse.Namespace, work: Path) -> dict
         row |= json.loads(said)
     if not failed:
         # A file that another tool made may not load or run: that is a result too.
-        failed, said = run([sys.executable, __file__, "--measure", name, str(output), str(work)])
+        measuring = ["--measure", name, str(output), str(work), given.target]
+        failed, said = run([sys.executable, __file__, *measuring])
     row |= {"failed": failed} if failed else json.loads(said)
     known.write_text(json.dumps(row))
     return row
@@ -105,18 +112,21 @@ def save_samples(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-def measure(name: str, output: str, folder: str) -> None:
+def measure(name: str, output: str, folder: str, target: str) -> None:
     """Task figures, latency ratio and size of a quantized model, as JSON."""
     import baselines
     from accuracy_models import MODELS
+    from openvino_session import OpenVINOSession
 
-    from qgraph import evaluate
+    from qgraph.evaluate import cost, sessions
 
     model = MODELS[name]
-    found = baselines.TASKS[model.task](output, limit=model.limit, float_model=model.file)
+    open_it = OpenVINOSession if target == "openvino" else sessions.open_session
+    quantized, reference = (functools.partial(open_it, p) for p in (output, model.file))
+    found = baselines.TASKS[model.task](quantized, limit=model.limit, float_model=reference)
     with np.load(sorted(Path(folder, "samples").glob("*.npz"))[0]) as file:
         feeds = {key: file[key] for key in file.files}
-    ratio = evaluate.latency_ratio(model.file, output, feeds, 15, threads=1)
+    ratio = cost.interleave(reference(), quantized(), feeds, 15)
     row = {key: round(float(found[key]), 5) for key in FIGURES if key in found}
     if "sqnr_db" in found:
         row["sqnr_db"] = round(float(found["sqnr_db"]), 2)
@@ -124,7 +134,7 @@ def measure(name: str, output: str, folder: str) -> None:
     print(json.dumps(row))
 
 
-def one(tool: str, name: str, folder: str) -> None:
+def one(tool: str, name: str, folder: str, target: str, output: str) -> None:
     """qgraph's side, in a process of its own."""
     from accuracy_models import MODELS
 
@@ -134,8 +144,9 @@ def one(tool: str, name: str, folder: str) -> None:
     result = qgraph.optimize(
         str(MODELS[name].file),
         OURS[tool],
+        target=target,
         data=str(work / "samples"),
-        output=work / f"{tool}.onnx",
+        output=output,
         force=True,
     )
     report = json.loads(result.report.to_json())

@@ -12,7 +12,7 @@ from qgraph import activations
 from qgraph.activations import Regions
 from qgraph.observers import Grid, NoGrid, Stats, TensorStats, choose
 from qgraph.plan import Decision
-from qgraph.spec import QuantSpec
+from qgraph.spec import QTYPES, QuantSpec
 from qgraph.target import Integers
 
 
@@ -74,6 +74,8 @@ def find(
         for group in regions.groups():
             roots = regions.roots(group)
             spec = _spec(group, regions, candidates)
+            if _is_centred(group, regions, integers):
+                spec = _around_zero(spec, roots, regions, stats)
             found = _choose(roots, spec, stats)
             if isinstance(found, NoGrid):
                 refused[roots[0]] = found.reason
@@ -94,6 +96,24 @@ def _spec(
     spec = asked[0] if asked else next(iter(candidates.values()))
     is_bounded = any(v.producer() in regions.absorbed for v in group)
     return replace(spec, symmetric=False) if is_bounded and spec.symmetric else spec
+
+
+def _is_centred(group: list[ir.Value], regions: Regions, integers: Integers) -> bool:
+    """Whether an operator reads codes of the group and takes no zero point but 0."""
+    uses = [use for v in group for use in v.uses()]
+    return any(n.op_type in integers.centred and regions.reads_codes(n, i) for n, i in uses)
+
+
+def _around_zero(
+    spec: QuantSpec, roots: list[ir.Value], regions: Regions, stats: Stats
+) -> QuantSpec:
+    """The type in which code 0 stands for 0.0: unsigned where nothing is negative, else signed and symmetric."""
+    held = [stats.get(str(v.name)) for v in roots]
+    if all(each is not None and each.minimum >= 0 for each in held):
+        return replace(spec, qtype=QTYPES[f"uint{spec.qtype.bits}"], symmetric=False)
+    if any(v.producer() in regions.absorbed for v in roots):
+        return spec  # the bounds of a Clip around zero need a zero point
+    return replace(spec, qtype=QTYPES[f"int{spec.qtype.bits}"], symmetric=True)
 
 
 def _choose(roots: list[ir.Value], spec: QuantSpec, stats: Stats) -> Grid | NoGrid:

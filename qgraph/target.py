@@ -92,12 +92,14 @@ class Integers:
         joined: operators without weights that compute on codes where all inputs and the output have grids.
         moves: operators that pass codes on; input and output share a grid.
         types: specs of activations that the kernels take, the default first.
+        centred: operators whose kernels take no zero point but 0.
     """
 
     weighted: Mapping[str, bool]
     joined: frozenset[str]
     moves: frozenset[str]
     types: tuple[str, ...]
+    centred: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def merge_equal(model: ir.Model) -> bool:
 
 
 def fold(model: ir.Model) -> bool:
-    """Replace constant arithmetic in front of weights and biases by one initializer that is computed when it is read."""
+    """Replace constant arithmetic in front of weights and biases by one initializer, computed when it is read."""
     names = graph.Names(model)
     made_of: dict[Any, ir.Value] = {}  # two bodies that compute the same constant share one
     changed = False

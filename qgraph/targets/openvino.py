@@ -63,6 +63,7 @@ OPENVINO = register(
             joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu"}),
             moves=MOVES,
             types=("uint8.tensor.asym", "int8.tensor.asym"),
+            centred=frozenset({"ConvTranspose"}),
         ),
         auto={
             "matmul": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),

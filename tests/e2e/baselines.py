@@ -31,8 +31,8 @@ from qgraph.evaluate import distributions, sessions, tensors
 Array = npt.NDArray[Any]
 Tokens = npt.NDArray[np.int64]
 Metrics = dict[str, Any]
-Model = str | Path
 Session = Any
+Model = str | Path | Callable[[], Session]
 
 
 # Next tokens
@@ -98,8 +98,12 @@ def rxnmapper(model: Model, limit: int | None = None, float_model: Model | None 
 
 def open_pair(model: Model, float_model: Model | None) -> tuple[Session, Session | None]:
     """Sessions of the model and of the float model, if one is given."""
-    other = None if float_model is None else sessions.open_session(float_model)
-    return sessions.open_session(model), other
+    return open_model(model), None if float_model is None else open_model(float_model)
+
+
+def open_model(model: Model) -> Session:
+    """A session of a file in ONNX Runtime; another runtime's sessions come from a function that opens one."""
+    return model() if callable(model) else sessions.open_session(model)
 
 
 # Sentence embeddings
@@ -107,7 +111,7 @@ def open_pair(model: Model, float_model: Model | None) -> tuple[Session, Session
 
 def embeddings(model: Model, sentences: Sequence[str]) -> Array:
     """Unit vectors [sentences, d]: hidden states averaged over the attention mask."""
-    run = sessions.open_session(model)
+    run = open_model(model)
     known = {given.name for given in run.get_inputs()}
     result: list[Array] = [np.zeros(0)] * len(sentences)
     for rows, feeds in real_data.sentence_batches(sentences):

@@ -90,7 +90,11 @@ def kernels_of(compiled: Any) -> Iterator[tuple[int, str, str]]:
         if info["layerType"] not in ("Convolution", "FullyConnected", "MatMul"):
             continue
         x, w = (i.get_source_output() for i in op.inputs()[:2])
-        inner = int(np.prod(x.get_shape()[1:2] if info["layerType"] == "Convolution" else x.get_shape()[-1:]))
+        inner = int(
+            np.prod(
+                x.get_shape()[1:2] if info["layerType"] == "Convolution" else x.get_shape()[-1:]
+            )
+        )
         if info["layerType"] == "Convolution":
             # Weights are [out, in, kh, kw], or [group, out, in, kh, kw].
             shape = list(w.get_shape())

@@ -93,8 +93,10 @@ def check(tools: Any, folder: Path, models: Any, recipes: Any, targets: Any) -> 
         (REAL, QUICK, ("ort",)),
         (PORTABLE, QUICK, ("onnx",)),
         (PORTABLE[:3], ("int4",), ("openvino",)),
+        ((STORIES, RXNMAPPER, MAGIKA, GTCRN), ("int8-static",), ("ort",)),
+        ((STORIES, RXNMAPPER, MAGIKA, GTCRN), ("int8-static",), ("openvino",)),
     ],
-    ids=["ort", "onnx", "openvino"],
+    ids=["ort", "onnx", "openvino", "static-ort", "static-openvino"],
 )
 def test_real_models(tools, folder, models, recipes, targets):
     if "openvino" in targets:
@@ -105,12 +107,13 @@ def test_real_models(tools, folder, models, recipes, targets):
 
 @pytest.mark.slow
 @pytest.mark.skipif(FULL, reason="QGRAPH_FULL=1 runs the whole sweep")
-def test_small_models_of_every_kind(tools, folder):
+@pytest.mark.parametrize("recipe", ["int4", "int8-static"])
+def test_small_models_of_every_kind(tools, folder, recipe):
     """Every sixth model of the conformance collections, in one recipe: odd exporters, custom domains, broken files."""
     models = tools.find(folder, "conformance/*")[::6]
     if not models:
         pytest.skip("QGRAPH_TEST_DATA holds no conformance models")
-    judge(list(tools.sweep(folder, models, ("int4",), ("ort",))))
+    judge(list(tools.sweep(folder, models, (recipe,), ("ort",))))
 
 
 @pytest.mark.slow
