@@ -139,7 +139,7 @@ def _with_room_for_bias(q: QTensor, weight: Weight, grids: Mapping[ir.Value, Gri
 
 def _count_operators(model: ir.Model, ctx: Context) -> None:
     """Remember what every operator with products costs, while the model is still float."""
-    if not ctx.plan.operators or ctx.data is None:
+    if not ctx.plan.operators or ctx.data is None or ctx.operators:
         return
     readers = {str(u.node.outputs[0].name): w.name for w in weights.find(model) for u in w.uses}
     nodes = {str(n.outputs[0].name): n for n in model.graph if n.outputs}

@@ -7,17 +7,18 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from qgraph import errors, files, ledger, registry
+from qgraph import accuracy, errors, files, ledger, registry
 from qgraph import recipe as recipes
 from qgraph import verify as verifier
-from qgraph.floors import Floors
+from qgraph.data import Dataset, inputs_of, load
+from qgraph.floors import FloorMissed, Floors
 from qgraph.instruments import EquivalenceChecker, Verifier
 from qgraph.pipeline import Context, Instrument, Pipeline, Timer
 from qgraph.report import Entry, Report
@@ -25,6 +26,7 @@ from qgraph.spool import Spool
 from qgraph.target import Target
 
 VERIFY = ("each", "ends", "off")
+MAX_TIME = 300.0
 
 
 @dataclass
@@ -73,6 +75,9 @@ def optimize(
     inspect: bool = True,
     min_sqnr: float | None = None,
     max_kl: float | None = None,
+    min_agreement: float | None = None,
+    logits: str | Sequence[str] = (),
+    max_time: float = MAX_TIME,
     external_data: bool | None = None,
     threads: int = 0,
     instruments: Sequence[Instrument] = (),
@@ -92,6 +97,10 @@ def optimize(
         inspect: open the result in the target's runtime and report what it really executes.
         min_sqnr: accuracy floor in dB for every output (needs data).
         max_kl: accuracy ceiling of the KL divergence in nats (needs data).
+        min_agreement: accuracy floor of the share of equal top-1 predictions, 0..1 (needs data).
+        logits: the outputs that hold predictions over classes; told by their names where it is left out.
+        max_time: seconds that may be spent on finding what to give back to weights where a floor is missed;
+            0 only checks the floors.
         external_data: weights beside the model; default: only over 256 MB.
         threads: for solvers; 0 is one per core.
         instruments: watch the passes.
@@ -111,47 +120,92 @@ def optimize(
     chosen, goal = _resolve(recipe, overrides, target)
     destination = files.check_output(output, force=force) if output is not None else None
     pipeline = Pipeline(chosen.pipeline, {k: dict(v) for k, v in chosen.options.items()})
-    floors = Floors(data, min_sqnr, max_kl)
+    predictions = (logits,) if isinstance(logits, str) else tuple(logits)
+    floors = Floors(data, min_sqnr, max_kl, min_agreement, predictions)
     floors.require_data()
     work = files.load(model)
     _refuse_broken(work)
     files.check_apart(destination, model, work)
+    if floors.is_set and not isinstance(data, Dataset):
+        data = load(data, inputs_of(model))
+        floors = replace(floors, data=data)
     report = _new_report(model, work, chosen, goal, destination)
     spool = Spool(destination.parent if destination else None)
     ctx = Context(goal, chosen, data=data, spool=spool, threads=threads)
     ctx.progress, ctx.inspect = progress or ctx.progress, inspect
-    timer, checker = Timer(), EquivalenceChecker()
+    timer, checker, checkpoint = Timer(), EquivalenceChecker(), accuracy.Checkpoint()
     watchers: list[Instrument] = [timer]
     if verify != "off":
         watchers.append(Verifier(every=verify == "each"))
     if verify == "each":
         watchers.append(checker)
-    pipeline.run(work, ctx, [*watchers, *instruments])
-    report.seconds, report.checks, report.diagnostics = (
-        timer.seconds,
-        checker.lines,
-        ctx.diagnostics,
-    )
-    report.ledger, report.activations = ledger.entries(ctx), ledger.activations(ctx)
-    _stamp(work, chosen)
-    result = Result(work, report, report.metrics)
+    watchers.extend(instruments)
+    can_return = floors.is_set and max_time > 0
+    pipeline.run(work, ctx, [*watchers, *([checkpoint] if can_return else [])])
     # Saved under a temporary name, looked at, held to the floors: only then does the output appear.
     with _staging(destination) as folder:
-        staged = files.save(
-            work,
-            folder / (destination.name if destination else "model.onnx"),
-            external_data=external_data,
-            progress=lambda name, share: ctx.progress(f"saving {name}", share),
-        )
-        report.output_bytes = files.file_bytes(staged)
-        if inspect:
-            ledger.ask_runtime(report, ctx, goal, staged, model)
-        ledger.say_what_was_missed(report, goal)
-        floors.hold(report, model, staged)
+        stage = _Stage(model, goal, report, timer, checker, external_data, destination)
+        staged = stage(work, ctx, folder)
+        if floors.is_set:
+            found = floors.measure(model, staged)
+            report.metrics.update(found.to_json())
+            problems = floors.problems(found.outputs)
+            is_whole = pipeline.passes[-1].name in timer.seconds
+            if problems and is_whole and checkpoint.kept and floors.can_be_met(problems):
+                trials = accuracy.Trials(pipeline, *checkpoint.kept)
+                search = accuracy.Search(trials, floors, model, chosen, max_time, ctx.progress)
+                outcome = search.run(found, ctx)
+                report.control = outcome.to_json()
+                report.seconds["accuracy control"] = outcome.seconds
+                if outcome.recipe is None:
+                    problems.append(accuracy.problem(outcome, floors, len(ctx.plan.quantized())))
+                    raise FloorMissed(report, problems)
+                work, ctx = trials.run(outcome.recipe, spool, inspect=inspect, instruments=watchers)
+                staged = stage(work, ctx, folder / "again")
+                found = floors.measure(model, staged)
+                report.metrics.update(found.to_json())
+                problems = floors.problems(found.outputs)
+            if problems:
+                raise FloorMissed(report, problems)
+        result = Result(work, report, report.metrics)
         if destination is not None:
             result.path = files.publish(staged, destination, force=force)
     ctx.progress("done", 1.0)
     return result
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Writes a finished model where nobody sees it yet, and tells the report about it."""
+
+    source: files.Source
+    goal: Target
+    report: Report
+    timer: Timer
+    checker: EquivalenceChecker
+    external_data: bool | None
+    destination: Path | None
+
+    def __call__(self, work: ir.Model, ctx: Context, folder: Path) -> Path:
+        report, goal = self.report, self.goal
+        folder.mkdir(exist_ok=True)
+        report.seconds.update(self.timer.seconds)
+        report.checks = list(dict.fromkeys(self.checker.lines))
+        report.diagnostics = ctx.diagnostics
+        report.ledger, report.activations = ledger.entries(ctx), ledger.activations(ctx)
+        report.resolved_recipe = ctx.recipe.model_dump(mode="json")
+        _stamp(work, ctx.recipe)
+        staged = files.save(
+            work,
+            folder / (self.destination.name if self.destination else "model.onnx"),
+            external_data=self.external_data,
+            progress=lambda name, share: ctx.progress(f"saving {name}", share),
+        )
+        report.output_bytes = files.file_bytes(staged)
+        if ctx.inspect:
+            ledger.ask_runtime(report, ctx, goal, staged, self.source)
+        ledger.say_what_was_missed(report, goal)
+        return staged
 
 
 def _resolve(

@@ -261,15 +261,20 @@ class Pipeline:
             facts |= each.gives
 
     def run(
-        self, model: ir.Model, ctx: Context, instruments: Sequence[Instrument] = ()
+        self,
+        model: ir.Model,
+        ctx: Context,
+        instruments: Sequence[Instrument] = (),
+        *,
+        start: int = 0,
     ) -> ir.Model:
-        """Run all passes on `model`, in place.
+        """Run all passes on `model`, in place; from number `start`, where the model has been through those before it.
 
         Raises:
             errors.QGraphError: whatever a pass or an instrument found.
         """
         try:
-            for index, each in enumerate(self.passes):
+            for index, each in enumerate(self.passes[start:], start):
                 ctx.progress(each.name, index / len(self.passes))
                 for instrument in instruments:
                     instrument.before(each, model, ctx)

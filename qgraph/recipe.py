@@ -280,6 +280,8 @@ def load(
 ) -> Recipe:
     """A recipe from a preset's name, a .toml or .json file, a dict or a Recipe, with `key=value` overrides applied.
 
+    A report in JSON is taken for the recipe that it tells, whatever was given back or measured for it included.
+
     Raises:
         errors.RecipeError: QG303 unknown preset, QG308 unreadable file, QG305 unknown key or bad value.
     """
@@ -314,6 +316,8 @@ def _named(source: str) -> dict[str, Any]:
                 "see docs/guide.md for the format",
             )
         ) from e
+    if isinstance(data, dict) and isinstance(data.get("resolved_recipe"), dict):
+        data = dict(data["resolved_recipe"])  # a report: the recipe that made its model
     data.setdefault("name", path.stem)
     return _extend(data, source)
 

@@ -128,6 +128,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
+    """What accuracy control gave back and measured, where a floor was missed at first."""
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     resolved_recipe: dict[str, Any] = field(default_factory=dict)

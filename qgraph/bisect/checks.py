@@ -92,13 +92,17 @@ class Accuracy:
         *,
         min_sqnr: float | None = None,
         max_kl: float | None = None,
+        min_agreement: float | None = None,
     ) -> None:
         self._model, self._feeds = model, feeds
-        self._floors = Floors(feeds, min_sqnr, max_kl)
+        self._floors = Floors(feeds, min_sqnr, max_kl, min_agreement)
         self._runs = Runs(feeds)
         sqnr = f"SQNR is at least {min_sqnr:g} dB" if min_sqnr is not None else ""
         kl = f"KL divergence is at most {max_kl:g} nats" if max_kl is not None else ""
-        self.name = f"the model runs, and its {' and '.join(filter(None, (sqnr, kl)))}"
+        same = (
+            f"top-1 agreement is at least {min_agreement:.2%}" if min_agreement is not None else ""
+        )
+        self.name = f"the model runs, and its {' and '.join(filter(None, (sqnr, kl, same)))}"
 
     def __call__(self, path: Path) -> Outcome:
         """Compare with the float model."""
@@ -106,7 +110,7 @@ class Accuracy:
         if not ran.ok:
             return ran
         found = evaluate.compare(self._model, path, self._feeds, rounds=0)
-        problems = self._floors.problems(found)
+        problems = self._floors.problems(found.outputs)
         parts = [p.message for p in problems if p.code == "QG703"]
         for output in found.outputs:
             if output.error is not None:
@@ -114,6 +118,7 @@ class Accuracy:
                 parts.append(f"{output.name} {'exact' if sqnr == math.inf else f'{sqnr:.1f} dB'}")
             if output.divergence is not None:
                 parts.append(f"KL {output.divergence.kl_mean.value:.2g}")
+                parts.append(f"agreement {output.divergence.agreement.value:.2%}")
         return Outcome(not problems, ", ".join(parts))
 
 

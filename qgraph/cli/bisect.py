@@ -78,12 +78,24 @@ MaxKl = Annotated[
         rich_help_panel=options.DATA,
     ),
 ]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        "--min-agreement",
+        metavar="SHARE",
+        help="The check fails where fewer top-1 predictions than SHARE (0..1) are equal.",
+        rich_help_panel=options.DATA,
+    ),
+]
 Weights = Annotated[
     bool,
     typer.Option(
         "--weights", help="Find the weights, not the pass.", rich_help_panel=options.TO_DO
     ),
 ]
+
+FloorValues = tuple[float | None, float | None, float | None]
+"""--min-sqnr, --max-kl, --min-agreement."""
 
 
 def bisect(
@@ -99,6 +111,7 @@ def bisect(
     context: ContextLength = 128,
     min_sqnr: MinSqnr = None,
     max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
     check: CheckOption = None,
     dump_dir: Annotated[
         str | None,
@@ -126,8 +139,9 @@ def bisect(
     chosen = recipes.load(recipe, overrides or ())
     goal = registry.get("target", target or chosen.target)
     chosen = chosen.model_copy(update={"target": goal.name})
-    _refuse_conflicts(data, tokens, check, min_sqnr, max_kl)
-    judge: Any = _check(model, data, preprocess, samples, tokens, context, min_sqnr, max_kl, check)
+    floors = (min_sqnr, max_kl, min_agreement)
+    _refuse_conflicts(data, tokens, check, floors)
+    judge: Any = _check(model, data, preprocess, samples, tokens, context, floors, check)
     find = search.bad_weights if weights else search.bad_pass
     keep = Path(dump_dir) if dump_dir else None
     with terminal.progress(is_shown=not as_json) as progress:
@@ -142,18 +156,18 @@ def _refuse_conflicts(
     data: str | None,
     tokens: str | None,
     check: CheckName | None,
-    min_sqnr: float | None,
-    max_kl: float | None,
+    floors: FloorValues,
 ) -> None:
-    has_floor = min_sqnr is not None or max_kl is not None
+    has_floor = floors != (None, None, None)
+    min_sqnr, _, min_agreement = floors
     problem = hint = ""
     if data is not None and tokens is not None:
         problem, hint = "--data and --tokens exclude each other", "give one of them"
     elif check is not None and has_floor:
         problem = f"--check {check.value} has no floor"
         hint = "leave out --check: with a floor the model must run anyway"
-    elif tokens is not None and min_sqnr is not None:
-        problem, hint = "--tokens is judged by --max-kl", "give --max-kl, or --data with --min-sqnr"
+    elif tokens is not None and (min_sqnr, min_agreement) != (None, None):
+        problem, hint = "--tokens is judged by --max-kl", "give --max-kl, or --data with the others"
     if problem:
         raise errors.InputError(errors.Diagnostic("error", "QG100", "qgraph bisect", problem, hint))
 
@@ -165,8 +179,7 @@ def _check(
     samples: int | None,
     tokens: str | None,
     context: int,
-    min_sqnr: float | None,
-    max_kl: float | None,
+    floors: FloorValues,
     check: CheckName | None,
 ) -> Check:
     from qgraph import bisect as search
@@ -174,6 +187,7 @@ def _check(
     from qgraph.cli.measure import read_tokens
     from qgraph.cli.optimize import dataset
 
+    min_sqnr, max_kl, min_agreement = floors
     if check is CheckName.verify:
         return search.Verifies()
     if check is CheckName.load:
@@ -185,9 +199,11 @@ def _check(
     feeds = feeds or verify.sample_feeds(model, count=RANDOM_FEEDS)
     if check is CheckName.run:
         return search.Runs(feeds)
-    if min_sqnr is None and max_kl is None:
+    if floors == (None, None, None):
         min_sqnr = search.DEFAULT_SQNR
-    return search.Accuracy(model, feeds, min_sqnr=min_sqnr, max_kl=max_kl)
+    return search.Accuracy(
+        model, feeds, min_sqnr=min_sqnr, max_kl=max_kl, min_agreement=min_agreement
+    )
 
 
 def explain(found: Found, recipe: str, *, is_of_weights: bool) -> None:

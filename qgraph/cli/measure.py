@@ -101,6 +101,7 @@ def compare(
     logits: options.Logits = None,
     min_sqnr: options.MinSqnr = None,
     max_kl: options.MaxKl = None,
+    min_agreement: options.MinAgreement = None,
     rounds: Rounds = 20,
     threads: OneThread = 1,
     as_json: options.Json = False,
@@ -126,7 +127,7 @@ def compare(
             float_model, quant_model, feeds, logits=logits or (), rounds=rounds, threads=threads
         )
     terminal.found.update(found.to_json(), data=data or f"random ({random})")
-    problems = floors.Floors(data, min_sqnr, max_kl).problems(found)
+    problems = floors.Floors(data, min_sqnr, max_kl, min_agreement).problems(found.outputs)
     if not as_json:
         _comparison(found, float_model, quant_model, data, random)
     if problems:

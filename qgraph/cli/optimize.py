@@ -117,6 +117,9 @@ def optimize(
     samples: options.Samples = None,
     min_sqnr: options.MinSqnr = None,
     max_kl: options.MaxKl = None,
+    min_agreement: options.MinAgreement = None,
+    logits: options.Logits = None,
+    max_time: options.MaxTime = 300.0,
     reports: Reports = None,
     verify: Verify = options.VerifyMode.each,
     no_inspect: NoInspect = False,
@@ -134,6 +137,8 @@ def optimize(
     Reads MODEL, runs the passes of a recipe over it and writes a quantized
     model for the target. Every weight that stays float has a reason in the
     summary. OUT appears only when all is done and every check has passed.
+    Where a floor is missed, the weights that hurt most get bits back until it
+    holds; the report names them.
     """
     destination = _check_outputs(model, output, reports or (), force=force)
 
@@ -142,7 +147,7 @@ def optimize(
 
     chosen = recipes.load(recipe, overrides or ())
     watchers = instruments(chosen, print_after or (), dump_dir, stop_after)
-    if data is not None and min_sqnr is None and max_kl is None:
+    if data is not None and (min_sqnr, max_kl, min_agreement) == (None, None, None):
         _warn_of_unused_data(chosen)
     is_quiet = quiet or as_json or bool(print_after)
     with terminal.progress(is_shown=not is_quiet) as progress, _reports_of_failures(reports):
@@ -157,6 +162,9 @@ def optimize(
             inspect=not no_inspect,
             min_sqnr=min_sqnr,
             max_kl=max_kl,
+            min_agreement=min_agreement,
+            logits=logits or (),
+            max_time=max_time,
             external_data=external_data,
             threads=threads,
             instruments=watchers,
@@ -259,7 +267,7 @@ def _warn_of_unused_data(recipe: Recipe) -> None:
     message = (
         f"is not used: recipe {recipe.name!r} does not calibrate, and there is no floor to hold"
     )
-    hint = "give --min-sqnr or --max-kl, or see: qgraph recipes"
+    hint = "give --min-sqnr, --max-kl or --min-agreement, or see: qgraph recipes"
     terminal.diagnostics([errors.Diagnostic("warning", "QG132", "--data", message, hint)])
 
 
@@ -313,6 +321,7 @@ def summary(report: Report) -> None:
     _groups(report)
     _floats(report)
     _accuracy(report.metrics)
+    _given_back(report.control)
     if report.checks:
         terminal.heading("Checked")
         terminal.bullets(report.checks)
@@ -388,3 +397,16 @@ def _accuracy(metrics: dict[str, Any]) -> None:
         agreement = f"{divergence['agreement']['value']:.2%}" if divergence else ""
         rows.append((each["name"], sqnr, kl, agreement))
     terminal.table(("output", ">SQNR", ">KL divergence", ">same top-1"), rows)
+
+
+def _given_back(control: dict[str, Any]) -> None:
+    """What accuracy control did, where a floor was missed at first."""
+    if not control:
+        return
+    terminal.heading(f"Given back so that the floors hold: {control['why']}")
+    rows = []
+    for each in control["returned"]:
+        noise = [o["sqnr_db"] for o in each["alone"].values() if "sqnr_db" in o]
+        alone = terminal.decibels(min(noise)) if noise else "not measured"
+        rows.append((each["label"], each["from"], each["to"], alone))
+    terminal.table(("weight", "was", "is", ">alone it left"), rows)

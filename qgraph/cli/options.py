@@ -103,6 +103,26 @@ MaxKl: TypeAlias = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+MinAgreement: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--min-agreement",
+        metavar="SHARE",
+        help="Fail (exit 3) where fewer top-1 predictions than SHARE (0..1) are those of the float model.",
+        rich_help_panel=DATA,
+    ),
+]
+MaxTime: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--max-time",
+        metavar="SECONDS",
+        min=0,
+        help="Where a floor is missed: how long to look for the weights to give bits back to; 0 does not look.",
+        rich_help_panel=DATA,
+        show_default=True,
+    ),
+]
 Logits: TypeAlias = Annotated[
     str | None,
     typer.Option(

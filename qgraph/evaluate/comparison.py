@@ -82,7 +82,7 @@ def compare(
     second = sessions.open_session(quant_model, threads=threads)
     sessions.require_same_interface(first, second)
     predictions = sessions.logit_outputs(first, [logits] if isinstance(logits, str) else logits)
-    meters = [_Meter(o.name, o.name in predictions) for o in first.get_outputs()]
+    meters = [OutputMeter(o.name, o.name in predictions) for o in first.get_outputs()]
     names = [meter.name for meter in meters]
     for feeds in dataset:
         results = zip(first.run(names, feeds), second.run(names, feeds), strict=True)
@@ -102,7 +102,7 @@ def compare(
 
 
 @dataclass(slots=True)
-class _Meter:
+class OutputMeter:
     """Collects what is told about one output."""
 
     name: str
@@ -112,6 +112,7 @@ class _Meter:
     divergence: distributions.DivergenceMeter | None = None
 
     def add(self, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
+        """The output of both models for one sample."""
         tensors.require_same_shape(self.name, x, y)
         if x.dtype.kind in "OSUbiu":
             self.equal.add(int(np.equal(x, y).sum()), x.size)
@@ -122,7 +123,8 @@ class _Meter:
             self.divergence = self.divergence or distributions.DivergenceMeter()
             self.divergence.add(x, y)
 
-    def result(self, seed: int) -> OutputError:
+    def result(self, seed: int | None) -> OutputError:
+        """What the samples so far say."""
         return OutputError(
             name=self.name,
             error=self.error.result() if self.error else None,

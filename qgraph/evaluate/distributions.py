@@ -95,8 +95,8 @@ class DivergenceMeter:
         self._mean.add(float(kl.sum()), len(kl))
         self._same.add(same, len(kl))
 
-    def result(self, seed: int = 0) -> Divergence:
-        """What the samples so far say."""
+    def result(self, seed: int | None = 0) -> Divergence:
+        """What the samples so far say; without a seed no intervals, which cost more than a small model's run."""
         kl = np.concatenate(self._kl) if self._kl else np.full(1, np.nan)
         return Divergence(
             kl_mean=self._mean.estimate(seed),

@@ -44,9 +44,11 @@ class MeanMeter:
         count = sum(self.counts)
         return math.fsum(self.sums) / count if count else math.nan
 
-    def estimate(self, seed: int = 0) -> Estimate:
-        """The mean with its interval. O(RESAMPLES x samples) time, O(samples) memory."""
+    def estimate(self, seed: int | None = 0) -> Estimate:
+        """The mean with its interval; without a seed there is none. O(RESAMPLES x samples) time, O(samples) memory."""
         value = self.mean()
+        if seed is None:
+            return Estimate(value, None, None)
         sums, counts = np.asarray(self.sums, np.float64), np.asarray(self.counts, np.float64)
         if len(sums) < 2 or not np.isfinite(sums).all():
             return Estimate(value, None, None)

@@ -18,6 +18,7 @@ REPORT_KEYS = {
     "notes",
     "checks",
     "metrics",
+    "control",
     "seconds",
     "versions",
     "resolved_recipe",
@@ -122,10 +123,24 @@ def test_a_missed_floor_writes_the_report_only(run, cnn, images, tmp_path, snaps
     done = run("optimize", cnn, "-o", cnn.with_name("q.onnx"), *args, "--report", why, "--json")
     assert done.code == 3
     assert "error QG701 output 'logits': SQNR is" in done.err
-    assert done.codes() == ["QG701"]
+    assert done.codes() == ["QG701", "QG704"]
+    assert done.json["control"]["held"] is False
     assert done.json["metrics"]["samples"] == 2
     assert json.loads(why.read_text())["output"] == ""
     assert snapshot(tmp_path).keys() == {"cnn.onnx", "why.json"}
+
+
+def test_a_floor_that_is_missed_gives_bits_back(run, cnn, images):
+    args = ("-r", "int8-weights", "--data", images, "--min-sqnr", "45")
+    done = run("optimize", cnn, "-o", cnn.with_name("q.onnx"), *args)
+    assert done.code == 0, done.err
+    assert "Given back so that the floors hold" in done.out
+    only_checked = run("optimize", cnn, "-o", cnn.with_name("r.onnx"), *args, "--max-time", "0")
+    assert only_checked.code == 3
+    agreed = ("-r", "int8-weights", "--data", images, "--min-agreement", "0.5", "--json")
+    done = run("optimize", cnn, "-o", cnn.with_name("s.onnx"), *agreed)
+    assert done.code == 0, done.err
+    assert done.json["control"] == {}
 
 
 def test_data_that_nothing_uses_is_no_secret(run, cnn, images):

@@ -1,0 +1,108 @@
+"""The end of a pipeline, again and again: the same model and statistics under another recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph import files, graph
+from qgraph.pipeline import Context, Instrument, Pass, Pipeline
+from qgraph.plan import QuantPlan
+from qgraph.recipe import Recipe
+from qgraph.report import Operator
+from qgraph.spool import Spool
+
+DECIDES = "assign-precision"
+"""The pass that reads the recipe's rules: what comes before it is the same for all rules."""
+
+
+class Checkpoint(Instrument):
+    """Keeps the model and its context as they were before the pass that decides.
+
+    The copy shares its tensors with the model, so it costs no memory to speak of.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[ir.Model, Context] | None = None
+
+    def before(self, each: Pass, model: ir.Model, ctx: Context) -> None:
+        """Keep them, the first time."""
+        if each.name == DECIDES and self.kept is None:
+            self.kept = graph.clone(model), branch(ctx)
+
+
+def branch(ctx: Context) -> Context:
+    """A context that goes its own way: data and statistics are shared, nothing that passes write is."""
+    return replace(
+        ctx,
+        plan=QuantPlan(),
+        facts=set(ctx.facts),
+        diagnostics=list(ctx.diagnostics),
+        records={name: dict(record) for name, record in ctx.records.items()},
+        operators=dict(ctx.operators),
+        placed=None,
+        rng=copy.deepcopy(ctx.rng),
+    )
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Runs what is left of a pipeline.
+
+    Attributes:
+        pipeline: all of it.
+        model: as it was before the pass that decides.
+        context: of that moment.
+        operators: what the float model's operators cost, where that was counted.
+    """
+
+    pipeline: Pipeline
+    model: ir.Model
+    context: Context
+    operators: Mapping[str, Operator] = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        """The number of the pass that decides."""
+        return [p.name for p in self.pipeline.passes].index(DECIDES)
+
+    def run(
+        self,
+        recipe: Recipe,
+        spool: Spool,
+        *,
+        inspect: bool,
+        instruments: Sequence[Instrument] = (),
+    ) -> tuple[ir.Model, Context]:
+        """The model under another recipe, and what its passes left behind.
+
+        Args:
+            recipe: its pipeline is not looked at, its rules and options of solvers are.
+            spool: where solved weights wait.
+            inspect: the target's runtime may be asked what it executes.
+            instruments: watch the passes.
+
+        Raises:
+            errors.QGraphError: whatever a pass finds.
+        """
+        model = graph.clone(self.model)
+        ctx = replace(branch(self.context), recipe=recipe, spool=spool, inspect=inspect)
+        ctx.operators = {
+            name: replace(o, runs="", integer=False, code="", reason="")
+            for name, o in self.operators.items()
+        }
+        self.pipeline.run(model, ctx, instruments, start=self.start)
+        return model, ctx
+
+    @contextlib.contextmanager
+    def written(self, recipe: Recipe, *, inspect: bool) -> Iterator[tuple[Path, Context]]:
+        """As `run`, with the model in a file that is gone afterwards."""
+        with tempfile.TemporaryDirectory(prefix="qgraph-trial-") as folder:
+            model, ctx = self.run(recipe, Spool(Path(folder)), inspect=inspect)
+            yield files.save(model, Path(folder) / "model.onnx"), ctx

@@ -1,0 +1,43 @@
+"""A float model's outputs on a few samples, kept, so that many models can be compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qgraph import files
+from qgraph.data import Array, Feeds
+from qgraph.evaluate import sessions
+from qgraph.evaluate.comparison import OutputError, OutputMeter
+
+
+class Reference:
+    """Runs the float model once per sample.
+
+    Args:
+        model: the float model.
+        samples: feeds; they and the outputs for them stay in memory.
+        logits: outputs that hold predictions, as for `evaluate.compare`.
+
+    Raises:
+        errors.InputError: QG121 where a named output does not exist.
+    """
+
+    def __init__(
+        self, model: files.Source, samples: Sequence[Feeds], logits: str | Sequence[str] = ()
+    ) -> None:
+        session = sessions.open_session(model)
+        wanted = [logits] if isinstance(logits, str) else list(logits)
+        self.names = [o.name for o in session.get_outputs()]
+        self.predictions = sessions.logit_outputs(session, wanted)
+        self.samples = list(samples)
+        self._outputs: list[list[Array]] = [session.run(self.names, f) for f in self.samples]
+
+    def against(self, model: files.Source) -> tuple[OutputError, ...]:
+        """What the outputs of another model lose, output by output; without intervals."""
+        session = sessions.open_session(model)
+        meters = [OutputMeter(n, n in self.predictions) for n in self.names]
+        for feeds, kept in zip(self.samples, self._outputs, strict=True):
+            got = session.run(self.names, feeds)
+            for meter, x, y in zip(meters, kept, got, strict=True):
+                meter.add(x, y)
+        return tuple(meter.result(None) for meter in meters)
