@@ -24,6 +24,7 @@ from qgraph.target import Request, Target
 from qgraph.weights import Weight
 
 DYNAMIC = replace(QuantSpec.parse("uint8.tensor.asym"), dynamic=True)
+DYNAMIC_INT4 = replace(QuantSpec.parse("int4.ch"), dynamic=True)  # a scale per token
 
 _COMPUTING = ("matmul", "gemm", "conv", "conv_transpose")
 
@@ -141,10 +142,22 @@ def _match(rules: Sequence[Rule], weight: Weight) -> tuple[int, Rule | None]:
             rule.tied and not weight.is_tied
         ):
             continue
+        if rule.head and not all(_is_head(u.node) for u in weight.uses):
+            continue
         if rule.ternary and not all(ternary.is_ternary(u) for u in weight.uses if not u.reason):
             continue
         return index, rule
     return -1, None
+
+
+def _is_head(node: ir.Node) -> bool:
+    """Whether a result is an output of the model, with a bias or another shape or type at most."""
+    while not node.outputs[0].is_graph_output():
+        readers = [n for n, _ in node.outputs[0].uses()]
+        if len(readers) != 1 or readers[0].op_type not in ("Add", "Cast", "Reshape", "Identity"):
+            return False
+        node = readers[0]
+    return True
 
 
 def _promote(rule: Rule, decided: Sequence[Weight], ctx: Context, reach: _Reach) -> None:
@@ -253,6 +266,8 @@ def _activation(rule: Rule, why: str, target: Target) -> QuantSpec | None:
     if rule.is_static and target.integers is not None:
         text = rule.activations.partition(":")[2]
         return static_spec(text or target.integers.types[0])
+    if rule.activations == "int4":
+        return DYNAMIC_INT4
     return DYNAMIC if rule.activations == "int8" or why.startswith("dynamic") else None
 
 

@@ -36,6 +36,7 @@ def static_spec(text: str) -> QuantSpec:
     return replace(spec, block=(0, 0), symmetric="sym" in parts[1:])
 
 
+ROTATED_PIPELINE = (DEFAULT_PIPELINE[0], "rotate", *DEFAULT_PIPELINE[1:])
 STATIC_PIPELINE = (
     "canonicalize",
     "observe",
@@ -65,12 +66,14 @@ class Rule(_Strict):
     weights: tuple[str, ...] = (AUTO,)
     """Specs in order of preference: the first that the target takes. "float" keeps it, "auto" asks the target."""
     activations: str = FLOAT
-    """How the operator's input is quantized: "float", "int8" (at run time), "static" (on a calibrated grid of the
-    target's own type) or "static:SPEC" (of another type: "static:int8", "static:int8.sym")."""
+    """How the operator's input is quantized: "float", "int8" or "int4" (at run time), "static" (on a calibrated grid of
+    the target's own type) or "static:SPEC" (of another type: "static:int8", "static:int8.sym")."""
     solver: str = "rtn"
     """Name of the weight solver."""
     tied: bool = False
     """Only weights that are used in several ways, as a table and as a head."""
+    head: bool = False
+    """Only weights whose product is an output of the model."""
     ternary: bool = False
     """Only weights that are exactly ternary: each row holds -s, 0 and s alone."""
     sensitive: str = ""
@@ -115,9 +118,9 @@ class Rule(_Strict):
     @classmethod
     def _activations(cls, value: str) -> str:
         kind, colon, text = value.partition(":")
-        if value not in (FLOAT, "int8") and kind != STATIC:
+        if value not in (FLOAT, "int8", "int4") and kind != STATIC:
             raise ValueError(
-                f'"float", "int8", "static" or "static:SPEC" expected, found {value!r}'
+                f'"float", "int8", "int4", "static" or "static:SPEC" expected, found {value!r}'
             )
         if colon:
             static_spec(text)
@@ -176,6 +179,10 @@ _REST = (
     _rule("conv", "int8.ch", "int8.tensor", FLOAT),
     _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
 )
+
+
+# A head that was tied to the embedding takes the gain of the last norm when the model is rotated, and is untied so.
+_HEAD = Rule(id="head", ops=_KIND_OPS["linear"], head=True, weights=("int8.g32", "int8.ch", FLOAT))
 
 
 def _int4(group: int, solver: str = "rtn") -> Rule:
@@ -257,6 +264,26 @@ PRESETS: dict[str, Recipe] = {
             summary="4-bit weights in groups of 32 and int8 activations in qgraph's own operators",
             target="ort-qgraph",
             rules=(*_TABLES, _rule("linear", "int4.g32.f16", "int4.g32", "int8.ch", FLOAT), *_REST),
+        ),
+        Recipe(
+            name="w4a8-rotated",
+            summary="as w4a8, behind rotations that spread outliers over channels (QuaRot's R1 and R2, folded)",
+            target="ort-qgraph",
+            pipeline=ROTATED_PIPELINE,
+            rules=(*_TABLES, _HEAD, _rule("linear", "int4.g32.f16", "int4.g32", "int8.ch", FLOAT), *_REST),
+        ),
+        Recipe(
+            name="w4a4",
+            summary="4-bit weights and activations in qgraph's own operators, rotated; online before what nothing reaches",
+            target="ort-qgraph",
+            pipeline=ROTATED_PIPELINE,
+            options={"rotate": {"online": 128}},
+            rules=(
+                *_TABLES,
+                _HEAD,
+                _rule("linear", "int4.g32.f16", "int4.g32", "int8.ch", FLOAT, activations="int4"),
+                *_REST,
+            ),
         ),
         Recipe(
             name="ternary",

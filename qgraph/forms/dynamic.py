@@ -32,7 +32,8 @@ class DynamicInteger(Form):
     def refuses(self, request: Request) -> str:
         """8-bit dynamic activations, 8-bit symmetric weights per tensor or channel, 2-D."""
         spec, use = request.spec, request.use
-        if request.activation is None or not request.activation.dynamic:
+        activation = request.activation
+        if activation is None or not activation.dynamic or activation.qtype.bits != 8:
             return "needs dynamic int8 activations"
         if spec.qtype.bits != 8 or not spec.symmetric or spec.group:
             return f"takes symmetric 8-bit weights per tensor or channel, not {spec}"

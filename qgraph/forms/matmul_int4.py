@@ -7,7 +7,6 @@ accuracy_level 4 does; `activation_bits` 0 keeps them float.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,15 +21,14 @@ from qgraph.weights import Weight
 _WHOLE_ROW_BLOCK = 128
 
 
-@dataclass(frozen=True)
 class MatMulInt4(MatMulPacked):
     """MatMul and Gemm with a 4-bit weight in groups or per channel."""
 
-    activation_bits: int = 8
     name: ClassVar[str] = "matmul-int4"
     summary: ClassVar[str] = "ai.qgraph.MatMulInt4 (native kernels; int8 activations)"
     op: ClassVar[str] = "MatMulInt4"
     takes_half_scales: ClassVar[bool] = True
+    activation_bits: ClassVar[int] = 8
 
     def refuses(self, request: Request) -> str:
         """4 bits, in groups of 16 to 256 or per channel."""
@@ -45,10 +43,23 @@ class MatMulInt4(MatMulPacked):
     ) -> tuple[list[ir.Value], dict[str, Any]]:
         """Codes, scales and zero points."""
         group = q.spec.group
-        block = group or _WHOLE_ROW_BLOCK
-        bits = self.activation_bits
-        attributes = {"activation_bits": bits, "activation_block": block if bits == 8 else 0}
-        return packed_constants(writer, weight, q), {"block_size": group, **attributes}
+        rounding = {
+            "activation_bits": self.activation_bits,
+            "activation_block": group or _WHOLE_ROW_BLOCK,
+        }
+        return packed_constants(writer, weight, q), {"block_size": group, **rounding}
+
+
+class DynamicInt4(MatMulInt4):
+    """The same with activations of 4 bits (W4A4), which want a rotated model."""
+
+    name: ClassVar[str] = "dynamic-int4"
+    summary: ClassVar[str] = "ai.qgraph.MatMulInt4 (native kernels; int4 activations)"
+    activation_bits: ClassVar[int] = 4
+
+    def rounds_as(self, activation: QuantSpec | None) -> bool:
+        """4 bits, chosen at run time."""
+        return activation is not None and activation.dynamic and activation.qtype.bits == 4
 
 
 def refuses_spec(spec: QuantSpec) -> str:

@@ -30,7 +30,7 @@ class MatMulPacked(Form):
     def refuses(self, request: Request) -> str:
         """A 2-D float32 weight that is not too small, and is used as a matrix only."""
         use = request.use
-        if request.activation is not None:
+        if not self.rounds_as(request.activation):
             return "its kernel quantizes activations by itself; ask for float activations"
         if request.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             return f"takes float32 or float16 activations, not {request.dtype.name}"
@@ -54,6 +54,10 @@ class MatMulPacked(Form):
     def layout(self, request: Request) -> Hashable:
         """Tiles of one operator, of the weight as this use sees it."""
         return (self.name, request.use.matrix)
+
+    def rounds_as(self, activation: QuantSpec | None) -> bool:
+        """Whether the kernel treats activations as the recipe wants; they are float for all but itself."""
+        return activation is None
 
     @abstractmethod
     def stored(

@@ -8,13 +8,13 @@ with float weights in memory.
 from __future__ import annotations
 
 from qgraph.forms.gather_int4 import GatherInt4
-from qgraph.forms.matmul_int4 import MatMulInt4
+from qgraph.forms.matmul_int4 import DynamicInt4, MatMulInt4
 from qgraph.forms.matmul_ternary import MatMulTernary
 from qgraph.registry import register
 from qgraph.target import Target
 from qgraph.targets.ort import ORT, inspect
 
-_NATIVE = (MatMulTernary(), MatMulInt4())
+_NATIVE = (MatMulTernary(), MatMulInt4(), DynamicInt4())
 
 ORT_QGRAPH = register(
     Target(

@@ -1,0 +1,197 @@
+"""rotate: spread outliers over channels with orthogonal matrices that fold into the weights around them (QuaRot).
+
+Where the channels of an activation may be rotated is found by `qgraph.symmetry`: the residual stream of a pre-norm
+decoder (R1 in the papers), the values of every attention head (R2), linear pairs of 1x1 convolutions. Gains of norms
+move into their readers first. Nothing of this costs time at inference. `online` adds Hadamard transforms that do,
+before linear operators that no rotation reaches (R4). Sources: QuaRot arXiv 2404.00456, SpinQuant arXiv 2405.16406,
+DartQuant arXiv 2511.04063.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from pydantic import Field
+
+from qgraph import data, errors, graph, online_hadamard, ops, rotations, symmetry, weights
+from qgraph.calibrate import rows as calibrate_rows
+from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
+from qgraph.registry import register
+from qgraph.symmetry import Group
+
+_ROWS = 512  # per activation
+_ACTIVATIONS = 8  # per group
+Floats = npt.NDArray[np.float64]
+
+
+@register
+class Rotate(Pass):
+    """Rotate activations so that they quantize well."""
+
+    name = "rotate"
+    needs = frozenset({Fact.CANONICAL})
+    breaks = frozenset({Fact.STATS})
+    keeps = Keeps.FLOAT_EQUAL
+
+    class Options(PassOptions):
+        """What is rotated, and by which matrices."""
+
+        residual: bool = True
+        """Rotate whole channel axes, such as the residual stream (R1)."""
+        heads: bool = True
+        """Rotate the values of attention heads, head by head (R2)."""
+        online: int = Field(default=0, ge=0)
+        """Largest block of the Hadamard transforms that run before linear operators no rotation reaches (R4), a power
+        of two; 0 for none. Needs a target with qgraph's operators."""
+        matrix: Literal["hadamard", "pca", "learned"] = "hadamard"
+        """"hadamard": with random signs; "pca": principal axes, then Hadamard; "learned": improved on samples. The last
+        two need --data."""
+        seeds: int = Field(default=4, ge=1)
+        """How many draws of signs are tried where there is data; the one of least kurtosis is taken."""
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rotate `model` in place."""
+        options = self.options_as(Rotate.Options)
+        self._check(options, ctx)
+        for group in self._legal(model, options):
+            symmetry.absorb_gains(model, group, spool=ctx.spool)
+        found = self._legal(model, options)
+        placed = self._online(model, found, options, ctx)
+        samples = _samples(model, found, ctx) if ctx.data is not None else {}
+        for number, group in enumerate(found):
+            ctx.progress(f"rotating {group.name}", number / len(found))
+            rng = np.random.default_rng([ctx.recipe.seed, number])
+            t = _matrix(group, samples.get(number), options, rng)
+            folded = symmetry.rotate(model, group, t, spool=ctx.spool)
+            _say(group, folded.copied, ctx)
+        if not found and not placed:
+            _say_nothing(model, ctx)
+        return bool(found or placed)
+
+    def _check(self, options: Options, ctx: Context) -> None:
+        if options.online & (options.online - 1):
+            _refuse("online", f"{options.online} is no power of two", "give 32, 64, 128, ...")
+        if options.online and ops.DOMAIN not in _domains(ctx):
+            hint = "--target ort-qgraph, or --set options.rotate.online=0"
+            _refuse("online", f"target {ctx.target.name!r} has no Hadamard operator", hint)
+        if options.matrix != "hadamard" and ctx.data is None:
+            hint = "give --data (data=...), or matrix = hadamard"
+            _refuse("matrix", f"{options.matrix!r} needs samples", hint)
+
+    @staticmethod
+    def _legal(model: ir.Model, options: Options) -> list[Group]:
+        """Groups that may be rotated, have somebody who profits, and are asked for."""
+        return [
+            g
+            for g in symmetry.groups(model, ["rotate"])
+            if g.legal and g.readers and (options.residual if len(g.blocks) == 1 else options.heads)
+        ]
+
+    @staticmethod
+    def _online(
+        model: ir.Model, found: list[Group], options: Options, ctx: Context
+    ) -> list[online_hadamard.Placed]:
+        if not options.online:
+            return []
+        rotated = {m.node for g in found for m in g.readers}
+        placed = online_hadamard.insert(model, rotated, options.online, spool=ctx.spool)
+        for each in placed:
+            ctx.report(
+                "note", "QG212", each.activation,
+                f"goes through a Hadamard transform in blocks of {each.block} at run time, before "
+                + ", ".join(each.readers),
+            )  # fmt: skip
+        return placed
+
+
+def _domains(ctx: Context) -> set[str]:
+    return {d for forms in ctx.target.forms.values() for f in forms for d in f.domains}
+
+
+def _refuse(option: str, message: str, hint: str) -> None:
+    raise errors.RecipeError(
+        errors.Diagnostic("error", "QG305", f"options.rotate.{option}", message, hint)
+    )
+
+
+def _say(group: Group, copied: tuple[str, ...], ctx: Context) -> None:
+    where = f"{len(group.blocks)} heads of {group.block}" if len(group.blocks) > 1 else group.size
+    untied = f"; copied for it, since it was shared: {', '.join(copied)}" if copied else ""
+    ctx.report("note", "QG211", group.name, f"rotated ({where} channels){untied}")
+
+
+def _say_nothing(model: ir.Model, ctx: Context) -> None:
+    reasons = dict.fromkeys(
+        f"{g.name}: {graph.where(g.forbids)} {g.reason}"
+        for g in symmetry.groups(model, ["rotate"])
+        if not g.legal and g.forbids is not None
+    )
+    text = "; ".join(list(reasons)[:3]) or "it has no channels between linear operators"
+    hint = "qgraph inspect --symmetries lists every group with its reason"
+    ctx.report("warning", "QG213", "rotate", f"nothing may be rotated: {text}", hint)
+
+
+def _matrix(
+    group: Group, rows: Floats | None, options: Rotate.Options, rng: np.random.Generator
+) -> Floats:
+    """The best of several draws, by kurtosis of the rotated rows."""
+    n = group.block
+
+    def finish(t: Floats) -> Floats:
+        return symmetry.keep_mean(t) if group.keeps_mean else t
+
+    if rows is None:
+        return finish(rotations.randomized(n, rng))
+    draws = []
+    for _ in range(options.seeds):
+        if options.matrix == "pca":
+            t = rotations.principal(rows, rng)
+        else:
+            t = rotations.randomized(n, rng)
+        draws.append(finish(t))
+    best = min(draws, key=lambda t: rotations.kurtosis(rows @ t.T))
+    # Where the mean has to be kept, descent would leave the matrices that keep it.
+    if options.matrix == "learned" and not group.keeps_mean:
+        best = rotations.learned(rows, best)
+    return best
+
+
+def _samples(model: ir.Model, found: list[Group], ctx: Context) -> dict[int, Floats]:
+    """Rows [m, n] of what the readers of each group take, by the group's number."""
+    dataset = ctx.data
+    if not isinstance(dataset, data.Dataset):
+        dataset = ctx.data = data.load(ctx.data, data.inputs_of(model))
+    inner = {v for n in model.graph for v in n.outputs}
+    wanted: dict[str, int] = {}
+    taken: dict[int, dict[str, npt.NDArray[np.int64]]] = {}
+    for number, group in enumerate(found):
+        columns: dict[str, npt.NDArray[np.int64]] = {}
+        for member in group.readers:
+            use = weights.use_of(member.node, member.index, member.labels.ndim, None)
+            x = member.node.inputs[0]
+            if x in inner and use is not None and use.kind in ("matmul", "gemm", "conv"):
+                at = _columns(group, member)
+                if at is not None:
+                    columns.setdefault(str(x.name), at)
+        step = -(-len(columns) // _ACTIVATIONS) or 1
+        taken[number] = dict(list(columns.items())[::step])
+        kind = 1 if any(m.node.op_type == "Conv" for m in group.readers) else -1
+        wanted.update(dict.fromkeys(taken[number], kind))
+    rng = np.random.default_rng([ctx.recipe.seed, len(found)])
+    rows = calibrate_rows.take(model, dataset, wanted, _ROWS, rng, threads=ctx.threads)
+    return {
+        number: np.concatenate([rows[x][:, at].reshape(-1, found[number].block) for x, at in own.items()])
+        for number, own in taken.items()
+        if own
+    }
+
+
+def _columns(group: Group, member: symmetry.Member) -> npt.NDArray[np.int64] | None:
+    """The columns of a reader's input that are the group's channels, in the group's order; None if some are missing."""
+    at = group.positions(member).ravel()
+    places, first = np.unique(at, return_index=True)
+    held = first[places >= 0]
+    return held if len(held) == group.size else None
