@@ -56,8 +56,9 @@ class Rotate(Pass):
         """Rotate `model` in place."""
         options = self.options_as(Rotate.Options)
         self._check(options, ctx)
+        untied: dict[str, tuple[str, ...]] = {}
         for group in self._legal(model, options):
-            symmetry.absorb_gains(model, group, spool=ctx.spool)
+            untied[group.name] = symmetry.absorb_gains(model, group, spool=ctx.spool).copied
         found = self._legal(model, options)
         placed = self._online(model, found, options, ctx)
         samples = _samples(model, found, ctx) if ctx.data is not None else {}
@@ -66,7 +67,7 @@ class Rotate(Pass):
             rng = np.random.default_rng([ctx.recipe.seed, number])
             t = _matrix(group, samples.get(number), options, rng)
             folded = symmetry.rotate(model, group, t, spool=ctx.spool)
-            _say(group, folded.copied, ctx)
+            _say(group, (*untied.get(group.name, ()), *folded.copied), ctx)
         if not found and not placed:
             _say_nothing(model, ctx)
         return bool(found or placed)
@@ -119,7 +120,10 @@ def _refuse(option: str, message: str, hint: str) -> None:
 
 def _say(group: Group, copied: tuple[str, ...], ctx: Context) -> None:
     where = f"{len(group.blocks)} heads of {group.block}" if len(group.blocks) > 1 else group.size
-    untied = f"; copied for it, since it was shared: {', '.join(copied)}" if copied else ""
+    names = ", ".join(dict.fromkeys(copied))
+    untied = (
+        f"; {names} had to be copied, since it was shared (a tied table and head)" if names else ""
+    )
     ctx.report("note", "QG211", group.name, f"rotated ({where} channels){untied}")
 
 
@@ -183,7 +187,9 @@ def _samples(model: ir.Model, found: list[Group], ctx: Context) -> dict[int, Flo
     rng = np.random.default_rng([ctx.recipe.seed, len(found)])
     rows = calibrate_rows.take(model, dataset, wanted, _ROWS, rng, threads=ctx.threads)
     return {
-        number: np.concatenate([rows[x][:, at].reshape(-1, found[number].block) for x, at in own.items()])
+        number: np.concatenate(
+            [rows[x][:, at].reshape(-1, found[number].block) for x, at in own.items()]
+        )
         for number, own in taken.items()
         if own
     }

@@ -72,15 +72,18 @@ def _is_linear(weight: Weight) -> bool:
     """Whether all that reads a weight is products with it on the right, in the main graph."""
     if weight.others or weight.is_output or weight.value.is_graph_input():
         return False
-    return all(
-        u.kind in ("matmul", "gemm")
-        and u.index == 1
-        and not u.reason
-        and not u.in_body
-        and u.matrix == weight.matrix
-        and not graph.attribute(u.node, "transA", 0)
-        for u in weight.uses
-    ) and len(weight.dims) == 2
+    return (
+        all(
+            u.kind in ("matmul", "gemm")
+            and u.index == 1
+            and not u.reason
+            and not u.in_body
+            and u.matrix == weight.matrix
+            and not graph.attribute(u.node, "transA", 0)
+            for u in weight.uses
+        )
+        and len(weight.dims) == 2
+    )
 
 
 def _fold(weight: Weight, block: int, spool: Spool | None) -> None:

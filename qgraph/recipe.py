@@ -270,11 +270,16 @@ PRESETS: dict[str, Recipe] = {
             summary="as w4a8, behind rotations that spread outliers over channels (QuaRot's R1 and R2, folded)",
             target="ort-qgraph",
             pipeline=ROTATED_PIPELINE,
-            rules=(*_TABLES, _HEAD, _rule("linear", "int4.g32.f16", "int4.g32", "int8.ch", FLOAT), *_REST),
+            rules=(
+                *_TABLES,
+                _HEAD,
+                _rule("linear", "int4.g32.f16", "int4.g32", "int8.ch", FLOAT),
+                *_REST,
+            ),
         ),
         Recipe(
             name="w4a4",
-            summary="4-bit weights and activations in qgraph's own operators, rotated; online before what nothing reaches",
+            summary="4-bit weights and activations in qgraph's own operators, rotated, where needed at run time",
             target="ort-qgraph",
             pipeline=ROTATED_PIPELINE,
             options={"rotate": {"online": 128}},

@@ -39,8 +39,8 @@ def random(n: int, rng: np.random.Generator) -> Floats:
 
 def randomized(n: int, rng: np.random.Generator) -> Floats:
     """H diag(±1) with signs at random."""
-    signs = rng.choice([-1.0, 1.0], n)
-    return spreading(n, rng) * signs
+    made: Floats = spreading(n, rng) * rng.choice([-1.0, 1.0], n)
+    return made
 
 
 def principal(rows: Floats, rng: np.random.Generator) -> Floats:
@@ -56,7 +56,7 @@ def principal(rows: Floats, rng: np.random.Generator) -> Floats:
 
 
 def kurtosis(rows: Floats) -> float:
-    """Mean over the rows of n Σx⁴ / (Σx²)²: 1 where all channels are equally large, 3 for a Gaussian, n for one outlier."""
+    """Mean over the rows of n Σx⁴ / (Σx²)²: 1 where channels are equally large, 3 for a Gaussian, n for one outlier."""
     squares = rows * rows
     power = squares.sum(axis=1)
     held = power > 0
@@ -75,7 +75,8 @@ def learned(rows: Floats, start: Floats, steps: int = 60, rate: float = 0.5) -> 
         rows: samples [m, n].
         start: orthogonal [n, n].
         steps: at most; each costs one solution of n equations.
-        rate: length of a step, relative to the norm of the gradient; halved where the loss rises.
+        rate: length of a step, relative to the norm of the gradient; halved where the loss rises, and a
+            little longer where it falls.
     """
     scale = np.sqrt((rows * rows).mean(axis=1, keepdims=True))
     x = rows[scale[:, 0] > 0] / scale[scale[:, 0] > 0]
@@ -95,7 +96,7 @@ def learned(rows: Floats, start: Floats, steps: int = 60, rate: float = 0.5) -> 
         if new >= loss:
             rate /= 2
             continue
-        t, loss = moved, new
+        t, loss, rate = moved, new, rate * 1.2
         found = kurtosis(x @ t.T)
         if found < least:
             best, least = t, found
