@@ -35,6 +35,7 @@ class Rotate(Pass):
     needs = frozenset({Fact.CANONICAL})
     breaks = frozenset({Fact.STATS})
     keeps = Keeps.FLOAT_EQUAL
+    repeats = "a rotated model may be rotated again, and nothing in it says that it was"
 
     class Options(PassOptions):
         """What is rotated, and by which matrices."""

@@ -100,6 +100,8 @@ class Pass(ir.passes.InPlacePass):
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     keeps: ClassVar[Keeps] = Keeps.NOTHING
+    repeats: ClassVar[str] = ""
+    """Why a second run changes the model again; "" where it does not."""
     Options: ClassVar[type[PassOptions]] = PassOptions
 
     def __init__(self, **options: Any) -> None:

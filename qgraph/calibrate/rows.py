@@ -43,6 +43,8 @@ def take(
     Raises:
         errors.RuntimeFailure: ONNX Runtime refuses the model or fails on a sample.
     """
+    if not axes:
+        return {}
     work = graph.clone(model)
     held = {str(v.name): v for n in work.graph for v in n.outputs}
     held |= {str(v.name): v for v in work.graph.inputs}

@@ -72,6 +72,8 @@ def test_keeps_its_word(name, odd, ctx):
         )
         assert result.ok, result.reason
     again = make(name).run(model, ctx)
+    if each.repeats:
+        return
     assert not again
     assert printer.text(model) == after
 
