@@ -240,6 +240,19 @@ PRESETS: dict[str, Recipe] = {
             min_elements=1,
         ),
         Recipe(
+            name="int8-tensor",
+            summary="as int8-static with one scale per weight tensor, channels evened out first: for simple accelerators",
+            pipeline=("canonicalize", "equalize", *STATIC_PIPELINE[1:]),
+            options={"canonicalize": {"to_gemm": True}, "equalize": {"clips": "measured"}},
+            rules=(
+                _rule("embedding", "int8.tensor", FLOAT, min_elements=1024),
+                _rule("linear", "int8.tensor", FLOAT, activations=STATIC),
+                _rule("conv", "int8.tensor", FLOAT, activations=STATIC),
+                _rule("rnn", "int8.tensor", FLOAT, min_elements=1024),
+            ),
+            min_elements=1,
+        ),
+        Recipe(
             name="int8-weights",
             summary="int8 weights, float activations: a quarter of the size, nearly no error",
             rules=(*_TABLES, _rule("linear", "int8.g32", "int8.ch", FLOAT), *_REST),

@@ -14,10 +14,31 @@ operator, `groups` collects what belongs together, `folds` changes the constants
 from __future__ import annotations
 
 from qgraph.symmetry.channels import Gain, Kind, Member
-from qgraph.symmetry.folds import Folded, absorb_gains, keep_mean, permute, rotate, scale
+from qgraph.symmetry.folds import (
+    Folded,
+    absorb_gains,
+    bounds_of,
+    keep_mean,
+    permute,
+    rotate,
+    scale,
+    would_copy,
+)
 from qgraph.symmetry.groups import KINDS, Group, groups
 
 __all__ = [
-    "KINDS", "Folded", "Gain", "Group", "Kind", "Member", "absorb_gains", "groups", "keep_mean", "permute", "rotate",
+    "KINDS",
+    "Folded",
+    "Gain",
+    "Group",
+    "Kind",
+    "Member",
+    "absorb_gains",
+    "bounds_of",
+    "groups",
+    "keep_mean",
+    "permute",
+    "rotate",
     "scale",
-]  # fmt: skip
+    "would_copy",
+]

@@ -41,7 +41,14 @@ class Folded:
         return Folded(self.changed + other.changed, self.copied + other.copied)
 
 
-def scale(model: ir.Model, group: Group, factors: Array, *, spool: Spool | None = None) -> Folded:
+def scale(
+    model: ir.Model,
+    group: Group,
+    factors: Array,
+    *,
+    spool: Spool | None = None,
+    keep_bounds: bool = False,
+) -> Folded:
     """Multiply the channels of a group: x'[c] = s[c] x[c].
 
     Args:
@@ -49,6 +56,7 @@ def scale(model: ir.Model, group: Group, factors: Array, *, spool: Spool | None 
         group: of kind "scale".
         factors: s [group.size], in the order of `group.blocks`; positive unless the group is "diagonal".
         spool: keeps new tensors; without one they are computed on reading.
+        keep_bounds: leave Clip operators as they are: the caller knows that no scaled channel reaches its bound.
 
     Raises:
         errors.PipelineError: QG210 where the group or the factors do not allow it.
@@ -66,7 +74,7 @@ def scale(model: ir.Model, group: Group, factors: Array, *, spool: Spool | None 
         return lambda array: _scaled(array, factor)
 
     done = _apply(model, group, change, spool)
-    for bound in group.bounds:
+    for bound in () if keep_bounds else group.bounds:
         at = group.positions(bound)
         own = np.where(at >= 0, s[at], 1.0)
         if (own != 1).any():
@@ -327,22 +335,36 @@ def _redirect(node: ir.Node, index: int, new: ir.Value, names: graph.Names) -> N
     node.replace_input_with(index, out)
 
 
+def bounds_of(clip: ir.Node) -> tuple[float, float]:
+    """Lower and upper bound of a Clip with constant bounds."""
+    found = []
+    for index, (key, missing) in enumerate((("min", -np.inf), ("max", np.inf)), 1):
+        v = clip.inputs[index] if index < len(clip.inputs) else None
+        held = graph.attribute(clip, key, missing) if v is None else graph.small_array(v)
+        found.append(float(np.asarray(held).reshape(())))
+    return found[0], found[1]
+
+
+def would_copy(group: Group) -> bool:
+    """True if a scale of the group copies a weight, because another operator uses it unchanged."""
+    uses: dict[ir.Value, set[Any]] = {}
+    for member in group.members:
+        if member.role != "rider":
+            uses.setdefault(member.value, set()).add((member.node, member.index))
+    return any(_all_uses(value) != own for value, own in uses.items())
+
+
 def _scale_bounds(model: ir.Model, clip: ir.Node, factor: Array) -> None:
     """Clip(x, a, b) with a or b other than 0 → Min(Max(x, a s), b s)."""
     names = graph.Names(model)
     x, out = clip.inputs[0], clip.outputs[0]
     assert x is not None
     dtype = (x.dtype or out.dtype or ir.DataType.FLOAT).numpy()
-    steps: list[tuple[str, Array]] = []
-    for index, (key, op) in enumerate((("min", "Max"), ("max", "Min")), 1):
-        v = clip.inputs[index] if index < len(clip.inputs) else None
-        held = graph.attribute(clip, key, None) if v is None else graph.small_array(v)
-        if held is None:
-            continue
-        bound = float(np.asarray(held).reshape(()))
-        if np.isinf(bound):
-            continue
-        steps.append((op, np.asarray(bound * factor if bound else 0.0, dtype)))
+    steps = [
+        (op, np.asarray(bound * factor if bound else 0.0, dtype))
+        for op, bound in zip(("Max", "Min"), bounds_of(clip), strict=True)
+        if np.isfinite(bound)
+    ]
     for op, bound_array in steps[:-1]:
         made = graph.value(names(f"{out.name}.{op}"), out.dtype, out.shape)
         held = graph.add_initializer(model.graph, names(f"{out.name}.bound"), bound_array)
