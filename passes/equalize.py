@@ -3,15 +3,15 @@
     s_c = sqrt(r2_c / r1_c)      r1: largest weight that makes channel c, r2: largest that reads it, each over the
                                  largest of its tensor; group by group until nothing moves any more
 
-Cross-layer equalization of Nagel et al. 2019, Data-Free Quantization (arXiv:1906.04721, 4.1), over the channel symmetries of
-`qgraph.symmetry` instead of pairs of layers: a group may have any number of writers and readers, residual adds,
-concatenations and depthwise convolutions included. It serves targets with one scale per weight tensor; with a scale per
-channel there is next to nothing to gain.
+Cross-layer equalization of Nagel et al. 2019, Data-Free Quantization (arXiv:1906.04721, 4.1), over the channel
+symmetries of `qgraph.symmetry` instead of pairs of layers: a group may have any number of writers and readers, residual
+adds, concatenations and depthwise convolutions included. It serves targets with one scale per weight tensor; with a
+scale per channel there is next to nothing to gain.
 
 A Clip with an upper bound (Relu6) passes no scale but 1, so by default such channels are left alone. With
-clips = "measured" calibration shows which channels never reach the bound: it does not matter for them, and they are scaled as
-long as they stay below. That is equal on the data, and proven there. "exact" writes one bound per channel instead,
-which keeps the function on every input, but no integer kernel absorbs it and the scaled ranges share one grid.
+clips = "measured" calibration shows which channels never reach the bound: it does not matter for them, and they are
+scaled as long as they stay below. That is equal on the data, and proven there. "exact" writes one bound per channel
+instead, which keeps the function on every input, but no integer kernel absorbs it and the scaled ranges share one grid.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Equalize(Pass):
         """What may be scaled, and for how long."""
 
         clips: Literal["keep", "measured", "exact"] = "keep"
-        """Channels behind a Clip with bounds: left alone, scaled where data shows the bound unused, or one bound each."""
+        """Channels behind a Clip: left alone, scaled where data shows the bound unused, or one bound each."""
         iterations: int = 100
         """Rounds over all groups at most."""
         tolerance: float = 1e-3

@@ -241,7 +241,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="int8-tensor",
-            summary="as int8-static with one scale per weight tensor, channels evened out first: for simple accelerators",
+            summary="as int8-static with one scale per weight tensor, channels evened out first: for simple devices",
             pipeline=("canonicalize", "equalize", *STATIC_PIPELINE[1:]),
             options={"canonicalize": {"to_gemm": True}, "equalize": {"clips": "measured"}},
             rules=(
