@@ -8,6 +8,7 @@ prefill 128 tokens behind none. All linear weights have 4 bits, symmetric; the t
     ort int8    ONNX Runtime's dynamic int8 (DynamicQuantizeMatMul)
     qgraph g32  MatMulInt4, groups of 32 of weights and of activations
     qgraph g128 MatMulInt4, groups of 128
+    rotated     the same, rotated, with Hadamard transforms of 128 columns before the down projections
     openvino    OpenVINO, int4 weights in groups of 128, precision hint f32
 
 All run interleaved in one process; figures are medians over rounds of a rival's time over the engine's. Thread pools of
@@ -36,6 +37,7 @@ import decoders  # noqa: E402
 
 import qgraph  # noqa: E402
 from qgraph import runtime  # noqa: E402
+from qgraph.recipe import ROTATED_PIPELINE  # noqa: E402
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 _PURE = ["linear.sensitive_share=0.0"]
@@ -45,6 +47,15 @@ ENGINES: dict[str, tuple[str, str, list[str]]] = {
     "ort int8": ("int8-dynamic", "ort", []),
     "qgraph g32": ("w4a8", "ort-qgraph", ["linear.weights=int4.g32.f16"]),
     "qgraph g128": ("w4a8", "ort-qgraph", ["linear.weights=int4.g128.f16"]),
+    "rotated": (
+        "w4a8",
+        "ort-qgraph",
+        [
+            "linear.weights=int4.g128.f16",
+            f"pipeline={','.join(ROTATED_PIPELINE)}",
+            "options.rotate.online=128",
+        ],
+    ),
     "openvino": ("int4-g128", "openvino", [*_PURE, "linear.weights=int4.g128"]),
 }
 BARS = (  # engine, rival, phase, at least
@@ -52,6 +63,8 @@ BARS = (  # engine, rival, phase, at least
     ("qgraph g128", "ort b128", "prefill", 1.8),
     ("qgraph g128", "openvino", "decode", 1.0),
     ("qgraph g128", "openvino", "prefill", 1.0),
+    ("rotated", "qgraph g128", "decode", 0.95),
+    ("rotated", "qgraph g128", "prefill", 0.95),
 )
 
 

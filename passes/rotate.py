@@ -16,14 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import Field
 
-from qgraph import data, errors, graph, online_hadamard, ops, rotations, symmetry, weights
-from qgraph.calibrate import rows as calibrate_rows
+from qgraph import errors, graph, online_hadamard, ops, rotations, symmetry
+from qgraph.channel_rows import channel_rows
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
 from qgraph.symmetry import Group
 
-_ROWS = 512  # per activation
-_ACTIVATIONS = 8  # per group
 Floats = npt.NDArray[np.float64]
 
 
@@ -62,7 +60,7 @@ class Rotate(Pass):
             untied[group.name] = symmetry.absorb_gains(model, group, spool=ctx.spool).copied
         found = self._legal(model, options)
         placed = self._online(model, found, options, ctx)
-        samples = _samples(model, found, ctx) if ctx.data is not None else {}
+        samples = channel_rows(model, found, ctx)
         for number, group in enumerate(found):
             ctx.progress(f"rotating {group.name}", number / len(found))
             rng = np.random.default_rng([ctx.recipe.seed, number])
@@ -150,6 +148,7 @@ def _matrix(
 
     if rows is None:
         return finish(rotations.randomized(n, rng))
+    rows = rows.reshape(-1, n)  # heads are samples, too
     draws = []
     for _ in range(options.seeds):
         if options.matrix == "pca":
@@ -162,43 +161,3 @@ def _matrix(
     if options.matrix == "learned" and not group.keeps_mean:
         best = rotations.learned(rows, best)
     return best
-
-
-def _samples(model: ir.Model, found: list[Group], ctx: Context) -> dict[int, Floats]:
-    """Rows [m, n] of what the readers of each group take, by the group's number."""
-    dataset = ctx.data
-    if not isinstance(dataset, data.Dataset):
-        dataset = ctx.data = data.load(ctx.data, data.inputs_of(model))
-    inner = {v for n in model.graph for v in n.outputs}
-    wanted: dict[str, int] = {}
-    taken: dict[int, dict[str, npt.NDArray[np.int64]]] = {}
-    for number, group in enumerate(found):
-        columns: dict[str, npt.NDArray[np.int64]] = {}
-        for member in group.readers:
-            use = weights.use_of(member.node, member.index, member.labels.ndim, None)
-            x = member.node.inputs[0]
-            if x in inner and use is not None and use.kind in ("matmul", "gemm", "conv"):
-                at = _columns(group, member)
-                if at is not None:
-                    columns.setdefault(str(x.name), at)
-        step = -(-len(columns) // _ACTIVATIONS) or 1
-        taken[number] = dict(list(columns.items())[::step])
-        kind = 1 if any(m.node.op_type == "Conv" for m in group.readers) else -1
-        wanted.update(dict.fromkeys(taken[number], kind))
-    rng = np.random.default_rng([ctx.recipe.seed, len(found)])
-    rows = calibrate_rows.take(model, dataset, wanted, _ROWS, rng, threads=ctx.threads)
-    return {
-        number: np.concatenate(
-            [rows[x][:, at].reshape(-1, found[number].block) for x, at in own.items()]
-        )
-        for number, own in taken.items()
-        if own
-    }
-
-
-def _columns(group: Group, member: symmetry.Member) -> npt.NDArray[np.int64] | None:
-    """The columns of a reader's input that are the group's channels, in the group's order; None if some are missing."""
-    at = group.positions(member).ravel()
-    places, first = np.unique(at, return_index=True)
-    held = first[places >= 0]
-    return held if len(held) == group.size else None
