@@ -50,12 +50,12 @@ int64_t qg_count_floats(const float* x, int64_t n, int64_t* counts, float* extre
   return lost;
 }
 
-int64_t qg_table_open(int64_t* counts, int64_t* lost) {
+int64_t qg_table_open(int64_t* counts, int64_t* totals) {
   using namespace qgraph;
   try {
     auto table = std::make_shared<CountTable>();
     table->counts = counts;
-    table->lost = lost;
+    table->totals = totals;
     Tables& all = tables();
     const std::lock_guard<std::mutex> held(all.mutex);
     all.open.emplace(++all.last, std::move(table));
@@ -78,6 +78,6 @@ int32_t qg_table_close(int64_t key) {
   }
   // A session that still runs counts to its end of the tensor first.
   const std::lock_guard<std::mutex> held(table->mutex);
-  table->counts = table->lost = nullptr;
+  table->counts = table->totals = nullptr;
   return QG_OK;
 }

@@ -12,7 +12,7 @@ constexpr int64_t kFloatBuckets = 1 << 16;
 struct CountTable {
   std::mutex mutex;  // guards what the pointers point to, and the pointers
   int64_t* counts;   // [65536], null once closed
-  int64_t* lost;     // one: how many values were NaN or infinite
+  int64_t* totals;   // [2]: values that were NaN or infinite, all values
 };
 
 // The extremes as floats: inf and -inf where there are none.

@@ -78,9 +78,10 @@ QG_EXPORT int32_t qg_pack(const uint8_t* codes, int64_t rows, int64_t cols, int3
 QG_EXPORT int64_t qg_count_floats(const float* x, int64_t n, int64_t* counts, float* extremes);
 
 // A table for nodes ai.qgraph.calibration::Observe whose attribute `table` is the key that this
-// returns (0 where there is no memory): each run adds to counts [65536] and lost [1] what
-// qg_count_floats would. The memory is the caller's until the table is closed.
-QG_EXPORT int64_t qg_table_open(int64_t* counts, int64_t* lost);
+// returns (0 where there is no memory): each run adds to counts [65536] what qg_count_floats would,
+// and to totals [2] how many values were not finite and how many there were. The memory is the
+// caller's until the table is closed.
+QG_EXPORT int64_t qg_table_open(int64_t* counts, int64_t* totals);
 QG_EXPORT int32_t qg_table_close(int64_t key);
 
 // y [m, n] = x [m, k] * weights^T + bias on the calling thread, as the operators compute it; the

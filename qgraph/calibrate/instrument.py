@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qgraph import errors, graph
 
 DOMAIN = "ai.qgraph.calibration"
+CONTROL = "ai.qgraph.calibration.control"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +68,34 @@ def tap(model: ir.Model, names: Sequence[str]) -> list[Tapped]:
 def count(model: ir.Model, keys: Mapping[str, int], threads: int) -> list[Tapped]:
     """Put a node beside each value that counts it into a table, changing the model.
 
+    The model gets an input, `CONTROL`, with a row for each value: see runtime_ops/observe_op.cc.
+
     Args:
         model: one to change.
         keys: of open tables (`qgraph.observers.tables`), by value name; the values are float, float16 or double.
         threads: that a node may use.
 
     Returns:
-        The extremes that the nodes give, brought out: float32, pairs of the least and the largest finite value, one
-        pair for each time the node ran.
+        What the nodes give, float32 [parts, 4], brought out.
     """
     fresh = graph.Names(model)
+    control = graph.value(CONTROL, ir.DataType.INT64, [len(keys), 3])
+    model.graph.inputs.append(control)
     seen: dict[str, str] = {}
-    for name, v in find(model, keys).items():
+    for row, (name, v) in enumerate(find(model, keys).items()):
         node, body = v.producer(), _scope(v)
         seen[name] = fresh(f"{name}.seen")
         made: list[ir.Node] = []
         # Not float16 values: ONNX Runtime would drop the cast with the one that rounded to float16.
         if v.dtype == ir.DataType.DOUBLE:
-            v = _cast(v, graph.value(fresh(f"{name}.float")), made)
-        out = graph.value(fresh(f"{name}.extremes") if _is_half(v) else seen[name], v.dtype, [2])
-        attributes = [ir.AttrInt64("table", keys[name]), ir.AttrInt64("threads", threads)]
-        made.append(ir.Node(DOMAIN, "Observe", [v], attributes, outputs=[out], name=out.name))
-        if _is_half(v):
-            _cast(out, graph.value(seen[name]), made)
+            single = graph.value(fresh(f"{name}.float"), ir.DataType.FLOAT, v.shape)
+            to = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+            made.append(ir.Node("", "Cast", [v], [to], outputs=[single]))
+            v = single
+        attributes = {"table": keys[name], "threads": threads, "row": row}
+        given = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        out = graph.value(seen[name], ir.DataType.FLOAT, [None, 4])
+        made.append(ir.Node(DOMAIN, "Observe", [v, control], given, outputs=[out], name=out.name))
         if node is not None:
             body.insert_after(node, made)
         elif len(body):
@@ -99,18 +105,6 @@ def count(model: ir.Model, keys: Mapping[str, int], threads: int) -> list[Tapped
     model.graph.opset_imports[DOMAIN] = 1
     brought = tap(model, list(seen.values()))
     return [replace(t, name=name) for name, t in zip(seen, brought, strict=True)]
-
-
-def _is_half(v: ir.Value) -> bool:
-    return v.dtype == ir.DataType.FLOAT16
-
-
-def _cast(v: ir.Value, to: ir.Value, made: list[ir.Node]) -> ir.Value:
-    """`to` as v in float32; the node is added to `made`."""
-    to.type, to.shape = ir.TensorType(ir.DataType.FLOAT), v.shape
-    attribute = ir.AttrInt64("to", int(ir.DataType.FLOAT))
-    made.append(ir.Node("", "Cast", [v], [attribute], outputs=[to]))
-    return to
 
 
 def _lift(name: str, v: ir.Value, holders: dict[ir.Graph, ir.Node], fresh: graph.Names) -> Tapped:

@@ -8,26 +8,21 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import errors, files, graph, runtime
-from qgraph.calibrate import instrument, types
+from qgraph import errors
+from qgraph.calibrate.batches import Batches
+from qgraph.calibrate.sessions import Bench, Instrumented
 from qgraph.data import Dataset
 from qgraph.observers import Stats, TensorStats, Wanted, tables
 
 MAX_MEMORY = 32 << 20
-_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
-_COUNTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-_NOTHING = np.array([np.inf, -np.inf], np.float32)  # extremes of no values
 _AT_ONCE = 64  # samples whose extremes wait to be added up
-# Weights are mapped from the file; threads that spin between runs would take the observers' processor.
-_CONFIG = {"session.intra_op.allow_spinning": "0"}
+_NO_ROWS = np.empty((0, 4), np.float32)
 Progress = Callable[[str, float], None]
 
 
@@ -66,7 +61,7 @@ def run(
     say = progress or (lambda what, share: None)
     threads = threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="qgraph-calibrate-") as folder:
-        bench = _Bench(model, Path(folder), threads)
+        bench = Bench(model, Path(folder), threads, dataset.origin)
         kept = _cache_file(cache, bench, dataset, wanted)
         found = _cached(kept)
         if found is not None and kept is not None:
@@ -88,6 +83,7 @@ def run(
                 group,
                 {n: stats[n] for n in watched},
                 {n: stats[n] for n in counted if first},
+                max_memory,
             )
             for count in shards:
                 done = (index + count / len(dataset)) / len(groups)
@@ -98,211 +94,86 @@ def run(
     return result
 
 
-class _Bench:
-    """The model on disk once, its weights in one file that every instrumented graph shares and maps."""
-
-    def __init__(self, model: ir.Model, folder: Path, threads: int) -> None:
-        self.threads = threads
-        self._folder = folder
-        self._count = 0
-        self._base = files.load(files.save(model, folder / "model.onnx", external_data=True))
-        known = types.infer(self._base)
-        for each in graph.graphs(self._base):
-            for v in (v for node in each for v in node.outputs):
-                if v.type is None and v.name in known:
-                    v.type = ir.TensorType(known[v.name])
-
-    def digest(self) -> str:
-        """SHA-256 of graph and weights."""
-        sha = hashlib.sha256()
-        for path in sorted(self._folder.glob("model.onnx*")):
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    sha.update(chunk)
-        return sha.hexdigest()
-
-    def countable(self, wanted: Mapping[str, Wanted]) -> list[str]:
-        """The values that the native library can count where they are produced."""
-        if tables.library() is None:
-            return []
-        found = instrument.find(self._base, wanted)
-        return [n for n, w in wanted.items() if w == Wanted() and found[n].dtype in _COUNTED]
-
-    def session(self, names: Sequence[str], keys: Mapping[str, int]) -> _Instrumented:
-        """A session whose outputs are the values, and which counts others under their tables' keys."""
-        model = graph.clone(self._base)
-        seen = instrument.count(model, keys, self.threads)
-        tapped = instrument.tap(model, names)
-        # Pairs of the main graph travel as one output; those of bodies come in any number.
-        inner = [t for t in seen if t.is_lifted]
-        outer = [t for t in seen if not t.is_lifted]
-        outputs = [t.value for t in inner]
-        if outer:
-            pairs = graph.value(graph.Names(model)("seen"), ir.DataType.FLOAT, [2 * len(outer)])
-            axis = ir.AttrInt64("axis", 0)
-            model.graph.append(
-                ir.Node("", "Concat", [t.value for t in outer], [axis], outputs=[pairs])
-            )
-            outputs.insert(0, pairs)
-        outputs += [t.value for t in tapped]
-        session = self._start(model, outputs, custom_ops=bool(keys))
-        _require_floats(session, names)
-        return _Instrumented(
-            session, [t.name for t in outer], [t.name for t in inner], list(names),
-            {t.name: t.new_axes for t in tapped},
-        )  # fmt: skip
-
-    def sizes(self, names: Sequence[str]) -> Any:
-        """A session whose outputs are how many elements each value has."""
-        model = graph.clone(self._base)
-        fresh = graph.Names(model)
-        outputs = []
-        for each in instrument.tap(model, names):
-            out = graph.value(fresh(f"{each.name}.size"), ir.DataType.INT64, [])
-            model.graph.append(ir.Node("", "Size", [each.value], outputs=[out]))
-            outputs.append(out)
-        return self._start(model, outputs, custom_ops=False)
-
-    def _start(self, model: ir.Model, outputs: Sequence[ir.Value], *, custom_ops: bool) -> Any:
-        # A name may be asked for that is an output already: outputs are only what was asked for, each once.
-        model.graph.outputs[:] = outputs
-        self._count += 1
-        path = self._folder / f"tapped{self._count}.onnx"
-        # The weights stay where they are: only their places are written.
-        ir.save(model, path)
-        return runtime.session(
-            path,
-            threads=self.threads,
-            accuracy_level=1,
-            config=_CONFIG,
-            custom_ops=custom_ops or None,
-            # A value is counted as soon as it is there, and its memory is free after its last use.
-            in_file_order=True,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Instrumented:
-    """A session and what its outputs mean.
-
-    Attributes:
-        outer: values of the main graph whose extremes are the first output [2 * outer], if there are any.
-        inner: values of bodies whose extremes are an output each.
-        names: values that are an output each.
-        new_axes: how many axes each of `names` gained.
-    """
-
-    session: Any
-    outer: Sequence[str]
-    inner: Sequence[str]
-    names: Sequence[str]
-    new_axes: Mapping[str, int]
-
-    def extremes(self, outputs: Sequence[Any]) -> npt.NDArray[np.float32]:
-        """[outer + inner, 2] of one sample; inf, -inf where a body did not run."""
-        first = outputs[0].reshape(-1, 2) if self.outer else np.empty((0, 2), np.float32)
-        rest = [np.append(o, _NOTHING) for o in self._inner(outputs)]
-        return np.concatenate(
-            [first, *([[o[0::2].min(), o[1::2].max()]] for o in rest)], dtype=np.float32
-        )
-
-    def _inner(self, outputs: Sequence[Any]) -> Sequence[Any]:
-        start = bool(self.outer)
-        return outputs[start : start + len(self.inner)]
-
-    def values(self, outputs: Sequence[Any]) -> dict[str, Any]:
-        """What was brought out, by name."""
-        return dict(zip(self.names, outputs[len(outputs) - len(self.names) :], strict=True))
-
-
-def _require_floats(session: Any, names: Sequence[str]) -> None:
-    outputs = session.get_outputs()
-    wrong = [
-        errors.Diagnostic("error", "QG142", name, f"is {out.type}", "observe float values only")
-        for name, out in zip(names, outputs[len(outputs) - len(names) :], strict=True)
-        if out.type not in _FLOATS
-    ]
-    if wrong:
-        raise errors.InputError(*wrong)
-
-
 def _observe(
-    bench: _Bench,
+    bench: Bench,
     dataset: Dataset,
     group: Sequence[str],
     stats: Mapping[str, TensorStats],
     counted: Mapping[str, TensorStats],
+    max_memory: int,
 ) -> Iterator[int]:
     """Run all samples for one group of values, and count others in place; yields how many samples are done."""
-    with (
-        tables.opened(s.histogram for s in counted.values()) as keys,
-        ThreadPoolExecutor(bench.threads) as pool,
-    ):
-        keyed = dict(zip(counted, keys, strict=True))
-        made = bench.session(group, keyed) if group or keyed else None
-        waiting: list[npt.NDArray[np.float32]] = []
-        for count, feeds in enumerate(dataset, start=1):
-            outputs = _run(made.session, feeds, dataset, count) if made else ()
-            arrays = made.values(outputs) if made else {}
+    with tables.opened(s.histogram for s in counted.values()) as (keys, totals):
+        made = None
+        if group or keys:
+            made = bench.session(group, dict(zip(counted, keys, strict=True)))
+        extremes = _Extremes(made.counted if made else (), counted)
+        if stats or made is None:
+            for rows in _bring(made, bench.threads, dataset, stats):
+                yield extremes.add([rows])
+        else:
+            # Of the values that are counted in a run, few are alive at once.
+            limit = max_memory // 2 if bench.is_batchable() else 0
+            batches = Batches(
+                lambda feeds, control, number: made.run(feeds, number, control)[0],
+                len(counted),
+                lambda: int(totals[:, 1].sum()),
+                limit,
+            )
+            for several in batches.results(iter(dataset)):
+                yield extremes.add(several)
+        extremes.flush()
+
+
+def _bring(
+    made: Instrumented | None, threads: int, dataset: Dataset, stats: Mapping[str, TensorStats]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Run sample by sample and update statistics with the values that come out; yields what nodes give."""
+    with ThreadPoolExecutor(threads) as pool:
+        for number, feeds in enumerate(dataset):
+            rows, arrays = made.run(feeds, number) if made else (_NO_ROWS, {})
             arrays.update((n, feeds[n]) for n in stats if n not in arrays)
             # Each tensor has its own statistics, so the order of the threads means nothing.
             axes = (made.new_axes.get(n, 0) if made else 0 for n in stats)
             held = (arrays[n] for n in stats)
             list(pool.map(TensorStats.update, stats.values(), held, axes))
-            if made and keyed:
-                waiting.append(made.extremes(outputs))
-            del outputs, arrays, held  # or they would live on while the next sample runs
-            if len(waiting) == _AT_ONCE:
-                _add_extremes(made, waiting, counted)
-            yield count
-        _add_extremes(made, waiting, counted)
+            del arrays, held  # or they would live on while the next sample runs
+            yield rows
 
 
-def _add_extremes(
-    made: _Instrumented | None,
-    waiting: list[npt.NDArray[np.float32]],
-    counted: Mapping[str, TensorStats],
-) -> None:
-    """Hand the extremes of some samples to the statistics; none wait afterwards."""
-    if made is None or not waiting:
-        return
-    low_high = np.stack(waiting, axis=-1)
-    for name, (low, high) in zip((*made.outer, *made.inner), low_high, strict=True):
-        counted[name].update_extremes(low, high)
-    waiting.clear()
+class _Extremes:
+    """Hands the extremes of samples to the statistics, many at once."""
 
+    def __init__(self, names: Sequence[str], stats: Mapping[str, TensorStats]) -> None:
+        self._stats = [stats[name] for name in names]
+        self._waiting: list[npt.NDArray[np.float32]] = []
+        self._count = 0
 
-def _run_options() -> Any:
-    import onnxruntime
+    def add(self, samples: Sequence[npt.NDArray[np.float32]]) -> int:
+        """Take in what nodes gave of samples, [values, 4] each; how many samples there were so far."""
+        self._waiting += [rows[:, :2].copy() for rows in samples]
+        self._count += len(samples)
+        if len(self._waiting) >= _AT_ONCE:
+            self.flush()
+        return self._count
 
-    options = onnxruntime.RunOptions()
-    # Samples differ in shape: an arena that kept the largest of each would grow with their number.
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options
-
-
-def _run(session: Any, feeds: Any, dataset: Dataset, count: int) -> Sequence[Any]:
-    try:
-        outputs: Sequence[Any] = session.run(None, feeds, _run_options())
-    except Exception as e:
-        raise errors.RuntimeFailure(
-            errors.Diagnostic(
-                "error", "QG608", f"{dataset.origin} sample {count - 1}",
-                f"ONNX Runtime cannot run the model on it: {e}",
-                "does the float model run on this sample?",
-            )
-        ) from e  # fmt: skip
-    return outputs
+    def flush(self) -> None:
+        """None wait afterwards."""
+        if self._waiting:
+            for stats, (low, high) in zip(
+                self._stats, np.stack(self._waiting, axis=-1), strict=True
+            ):
+                stats.update_extremes(low, high)
+        self._waiting.clear()
 
 
 def _groups(
-    bench: _Bench, dataset: Dataset, names: Sequence[str], max_memory: int
+    bench: Bench, dataset: Dataset, names: Sequence[str], max_memory: int
 ) -> list[list[str]]:
     """Values that are brought out together: as many as fit, in graph order, by their sizes in the first sample."""
     if not names:
         return [[]]
-    session = bench.sizes(names)
-    sizes = [4 * int(s) for s in _run(session, next(iter(dataset)), dataset, 1)]
+    sizes = [4 * size for size in bench.sizes(names, next(iter(dataset)))]
     groups: list[list[str]] = [[]]
     held = 0
     for name, size in zip(names, sizes, strict=True):
@@ -316,7 +187,7 @@ def _groups(
 
 def _cache_file(
     cache: str | os.PathLike[str] | None,
-    bench: _Bench,
+    bench: Bench,
     dataset: Dataset,
     wanted: Mapping[str, Wanted],
 ) -> Path | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qgraph import errors, native
 from qgraph.observers.histogram import FloatHistogram
@@ -31,30 +32,32 @@ def library() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def opened(histograms: Iterable[FloatHistogram]) -> Iterator[list[int]]:
-    """Keys of tables, one for each histogram: what nodes count under a key is in the histogram afterwards.
+def opened(
+    histograms: Iterable[FloatHistogram],
+) -> Iterator[tuple[list[int], npt.NDArray[np.int64]]]:
+    """Tables that fill histograms: their keys, and totals [tables, 2] of values not finite and of all values.
 
-    Counts and the number of non-finite values only; extremes are what the nodes give.
+    Nodes add counts and totals; extremes are what they give, and for the caller to take in.
     """
     filled = list(histograms)
     dll = library()
     if filled and dll is None:
         raise AssertionError("tables are asked for only where the library has them")
-    lost = np.zeros(len(filled), np.int64)
+    totals = np.zeros((len(filled), 2), np.int64)
     keys: list[int] = []
     try:
-        for index, histogram in enumerate(filled):
-            keys.append(_open(dll, histogram, lost[index:]))
-        yield keys
+        for histogram, total in zip(filled, totals, strict=True):
+            keys.append(_open(dll, histogram, total))
+        yield keys, totals
     finally:
         for key in keys:
             dll.qg_table_close(key)  # type: ignore[union-attr]
-        for histogram, count in zip(filled, lost, strict=True):
-            histogram.nonfinite += int(count)
+        for histogram, total in zip(filled, totals, strict=True):
+            histogram.nonfinite += int(total[0])
 
 
-def _open(dll: Any, histogram: FloatHistogram, lost: Any) -> int:
-    key: int = dll.qg_table_open(histogram.counts.ctypes.data, lost.ctypes.data)
+def _open(dll: Any, histogram: FloatHistogram, total: npt.NDArray[np.int64]) -> int:
+    key: int = dll.qg_table_open(histogram.counts.ctypes.data, total.ctypes.data)
     if not key:
         raise MemoryError("the native library has no memory for a table")
     return key

@@ -126,14 +126,19 @@ def test_a_histogram_and_more_of_another_value(tmp_path: Path) -> None:
     )
 
 
-def test_a_closed_table_is_refused() -> None:
+def test_a_closed_table_and_a_wrong_control_are_refused() -> None:
     m = model(TYPES)
-    with tables.opened([FloatHistogram()]) as keys:
+    with tables.opened([FloatHistogram()]) as (keys, _):
         seen = instrument.count(m, {"a": keys[0]}, 1)
         m.graph.outputs[:] = [seen[0].value]
         session = runtime.session(m, custom_ops=True)
-        session.run(None, feeds((1, 2), 1)[0])
+        sample = feeds((1, 2), 1)[0] | {instrument.CONTROL: np.ones((1, 3), np.int64)}
+        session.run(None, sample)
+        for wrong, said in (([0, 1, 0], "0 parts"), ([3, 1, 0], "3 equal parts")):
+            control = np.array([wrong], np.int64)
+            with pytest.raises(Exception, match=rf"Observe 'a\.seen': .*{said}"):
+                session.run(None, sample | {instrument.CONTROL: control})
     with pytest.raises(Exception, match=r"Observe 'a\.seen': its table is not open"):
-        session.run(None, feeds((1, 2), 1)[0])
+        session.run(None, sample)
     with pytest.raises(errors.RuntimeFailure, match=r"Observe 'a\.seen': its table is not open"):
         runtime.session(m, custom_ops=True)
