@@ -16,13 +16,14 @@ from typing import Any, TypeAlias
 import onnx
 import onnx_ir as ir
 
-from qgraph import errors, graph
+from qgraph import errors, graph, mapped
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 
 EXTERNAL_OVER = (
     256 << 20
 )  # larger models put their weights in a file beside the model, so that runtimes can map it
+MAPPED_OVER = 1 << 20  # weights of larger files are not read with them
 INLINE_UNDER = (
     1024  # shape and scale constants stay in the model: ORT's shape inference reads them there
 )
@@ -106,7 +107,8 @@ def _read(path: Path) -> ir.Model:
                 "error", "QG101", str(path), "cannot be read", "check its permissions"
             )
         )
-    model = _deserialize(lambda: ir.load(path), str(path))
+    is_mapped = path.suffix == ".onnx" and path.stat().st_size >= MAPPED_OVER
+    model = _deserialize(lambda: mapped.load(path) if is_mapped else ir.load(path), str(path))
     _check_external(model, path)
     return model
 

@@ -110,6 +110,7 @@ def rtn_search(
         the scales (uint8, or None if symmetric), and the error of each row [N] float64.
     """
     _require(w, "w", np.float32, 2)
+    w = np.require(w, requirements="A")  # weights of a mapped file may lie at any byte
     rows, columns = w.shape
     if bits not in (2, 4, 8):
         raise ValueError(f"bits is {bits}, expected 2, 4 or 8")

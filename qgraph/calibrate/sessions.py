@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import errors, files, graph, runtime
+from qgraph import errors, files, graph, mapped, runtime
 from qgraph.calibrate import batches, instrument, types
 from qgraph.observers import Wanted, tables
 
@@ -31,6 +31,7 @@ class Bench:
         self._folder = folder
         self._count = 0
         self._base = files.load(files.save(model, folder / "model.onnx", external_data=True))
+        mapped.release(model)
         known = types.infer(self._base)
         for each in graph.graphs(self._base):
             for v in (v for node in each for v in node.outputs):
