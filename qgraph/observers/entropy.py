@@ -7,12 +7,15 @@ threshold with the least KL(P | Q) wins.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
 from qgraph.observers.histogram import Doubles
 
 BINS = 2048
+_AT_ONCE = 64  # thresholds whose groups are looked at together: their arrays stay in the cache
 _NOTHING = 1e-4  # the share of Q in a bin that it leaves empty
 
 
@@ -52,15 +55,19 @@ def _divergences(bins: Doubles, tried: npt.NDArray[np.int64], levels: int) -> Do
     sums, filled, p_log_p = (
         np.concatenate([[0.0], np.cumsum(each)]) for each in (bins, bins > 0, _x_log_x(bins))
     )
-    edges = np.arange(levels + 1) * tried[:, None] // levels
-    mass, used = np.diff(sums[edges]), np.diff(filled[edges])
+    edges = _group_edges(int(tried[0]), tried.size, levels)
+    inside, share_q = np.empty(tried.size), np.empty(tried.size)
+    for start in range(0, tried.size, _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        mass, used = sums[edges[part]], filled[edges[part]]
+        mass, used = mass[:, 1:] - mass[:, :-1], used[:, 1:] - used[:, :-1]
+        mean = np.log(np.maximum(mass, 1e-300) / np.maximum(used, 1))
+        mean -= np.log(np.maximum(sums[tried[part]], 1e-300))[:, None]
+        share_q[part] = mean[:, -1]
+        mean *= mass
+        inside[part] = mean.sum(axis=1)
     kept, last = sums[tried], bins[tried - 1]
     beyond = total - kept
-    log_q = (
-        np.log(np.maximum(mass, 1e-300) / np.maximum(used, 1))
-        - np.log(np.maximum(kept, 1e-300))[:, None]
-    )
-    cross = (mass * log_q).sum(axis=1)
     # The last bin of P also holds what is beyond. Where Q has nothing there, it counts as a small weight.
     is_filled = last > 0
     own = (
@@ -68,9 +75,16 @@ def _divergences(bins: Doubles, tried: npt.NDArray[np.int64], levels: int) -> Do
         - _x_log_x(last)
         + np.where(is_filled, _x_log_x(last + beyond), _x_log_x(beyond))
     )
-    cross += beyond * np.where(is_filled, log_q[:, -1], np.log(_NOTHING))
+    cross = inside + beyond * np.where(is_filled, share_q, np.log(_NOTHING))
     divergence: Doubles = np.where(kept > 0, (own - cross) / total - np.log(total), np.inf)
     return divergence
+
+
+@functools.cache
+def _group_edges(least: int, count: int, levels: int) -> npt.NDArray[np.int32]:
+    """[count, levels + 1]: where the groups of `least` bins, of one more, ... begin and end."""
+    tried = np.arange(least, least + count)
+    return (np.arange(levels + 1) * tried[:, None] // levels).astype(np.int32)
 
 
 def _x_log_x(x: Doubles) -> Doubles:
