@@ -1,11 +1,16 @@
 """Calibration: time and memory of qgraph and of ONNX Runtime's calibrators, on the same tensors and samples.
 
-    python bench/calibration.py [--models minilm,mobilenetv2] [--samples N] [--at-once N] [--rounds 1] [--json FILE]
+    python bench/calibration.py [--models minilm,mobilenetv2] [--samples N] [--at-once N] [--rounds 3] [--json FILE]
 
-Each run is a process of its own. Methods run by turns, ratios are of medians. `plain` runs the float model on the
-samples and drops its outputs: peak memory is told as a multiple of its peak. `/8` is qgraph on an eighth of the
-samples: what it needs less is what memory grows with data. The peer keeps the outputs of all samples of one
-collect_data call, so it gets 16 at a time; one at a time where they differ in shape, for it cannot stack those.
+Each run is a process of its own, methods run by turns, and ratios are medians of the rounds' ratios. `plain` runs the
+float model on the samples and drops its outputs: peak memory is told as a multiple of its peak. `/8` is qgraph on an
+eighth of the samples: what it needs less is what memory grows with data. "Calibration" is from the model's file to the
+ranges, without starting Python and importing; "CPU" is what all threads of the whole process used, which other work on
+the machine disturbs less than the clock.
+
+All get the model as quant_pre_process leaves it. The peer keeps the outputs of all samples of one collect_data call, so
+it gets 16 at a time; one at a time where they differ in shape, for it cannot stack those. `minilm` is the first 512
+sentences of STS-B, `minilm-drawn` 512 drawn from all of it.
 Models and data lie below QGRAPH_TEST_DATA.
 """
 
@@ -18,6 +23,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,13 +36,15 @@ import numpy as np  # noqa: E402
 
 FILES = {
     "minilm": "encoder/minilm_l6_v2/minilm_l6_v2.onnx",
+    "minilm-drawn": "encoder/minilm_l6_v2/minilm_l6_v2.onnx",
     "mobilenetv2": "vision/mobilenetv2_tf/mobilenetv2_1.0_224_tf.onnx",
 }
-SAMPLES = {"minilm": 512, "mobilenetv2": 256}
-AT_ONCE = {"minilm": 1, "mobilenetv2": 16}
+SAMPLES = {"minilm": 512, "minilm-drawn": 512, "mobilenetv2": 256}
+AT_ONCE = {"minilm": 1, "minilm-drawn": 1, "mobilenetv2": 16}
 METHODS = (
     "plain",
     "qgraph entropy",
+    "qgraph percentile",
     "qgraph mse",
     "qgraph mse /8",
     "ort entropy",
@@ -44,7 +52,7 @@ METHODS = (
 )
 
 
-def sentences(data: Path, count: int) -> Iterator[dict[str, Any]]:
+def sentences(data: Path, count: int, *, drawn: bool = False) -> Iterator[dict[str, Any]]:
     """STS-B training sentences, each at its own length."""
     import tokenizers
 
@@ -54,6 +62,8 @@ def sentences(data: Path, count: int) -> Iterator[dict[str, Any]]:
     tokenizer.enable_truncation(128)
     with (data / "text" / "stsb" / "stsb-en-train.csv").open() as stream:
         texts = [text for row in csv.reader(stream) for text in row[:2]]
+    if drawn:
+        texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     for text in texts[:count]:
         ids = np.array([tokenizer.encode(text).ids], np.int64)
         yield {
@@ -86,50 +96,59 @@ def images(data: Path, count: int) -> Iterator[dict[str, Any]]:
 def feeds(name: str, count: int) -> Iterator[dict[str, Any]]:
     """The first samples of a model."""
     data = Path(os.environ["QGRAPH_TEST_DATA"])
-    return sentences(data, count) if name == "minilm" else images(data, count)
+    if name == "mobilenetv2":
+        return images(data, count)
+    return sentences(data, count, drawn=name == "minilm-drawn")
 
 
-def plain(name: str, path: str, count: int) -> None:
+def plain(name: str, path: str, count: int) -> tuple[float, int]:
     """Run the model."""
     from qgraph import runtime
 
+    start = time.perf_counter()
     session = runtime.session(path)
     for each in feeds(name, count):
         session.run(None, each)
+    return time.perf_counter() - start, 0
 
 
-def by_qgraph(name: str, path: str, count: int, method: str) -> None:
-    """Observe, and choose a grid for every tensor."""
+def by_qgraph(name: str, path: str, count: int, method: str) -> tuple[float, int]:
+    """Observe, and choose a grid for every tensor; seconds and how many tensors."""
+    import onnxruntime  # noqa: F401  (imported before the clock starts, as for the others)
+
     from qgraph import calibrate, data, files
     from qgraph.observers import Wanted, choose
     from qgraph.passes.observe import observed
     from qgraph.spec import QuantSpec
 
+    start = time.perf_counter()
     model = files.load(path)
     dataset = data.load(lambda: feeds(name, count), data.inputs_of(model))
     stats = calibrate.run(model, dataset, dict.fromkeys(observed(model), Wanted()))
     spec = QuantSpec.parse("uint8.tensor.asym")
-    print(len([choose(stats[tensor], spec, method) for tensor in stats]))
+    grids = [choose(stats[tensor], spec, method) for tensor in stats]
+    return time.perf_counter() - start, len(grids)
 
 
-def by_ort(name: str, path: str, count: int, method: str, at_once: int) -> None:
-    """The peer's calibrator."""
+def by_ort(name: str, path: str, count: int, method: str, at_once: int) -> tuple[float, int]:
+    """The peer's calibrator; seconds and how many tensors."""
     from onnxruntime.quantization import calibrate as peer
-
-    from qgraph.passes.observe import CARRIERS, WEIGHTED
 
     kind = {
         "entropy": peer.CalibrationMethod.Entropy,
         "percentile": peer.CalibrationMethod.Percentile,
     }
+    operators = Path(f"{path}.operators").read_text().split()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         calibrator = peer.create_calibrator(
-            path, sorted(WEIGHTED | CARRIERS), str(Path(folder) / "augmented.onnx"), kind[method]
+            path, operators, str(Path(folder) / "augmented.onnx"), kind[method]
         )
         source = feeds(name, count)
         while batch := [each for _, each in zip(range(at_once), source, strict=False)]:
             calibrator.collect_data(_Reader(batch))
-        print(len(calibrator.compute_data().data))
+        found = len(calibrator.compute_data().data)
+    return time.perf_counter() - start, found
 
 
 class _Reader:
@@ -142,24 +161,29 @@ class _Reader:
 
 
 def one(method: str, name: str, path: str, count: int, at_once: int) -> None:
-    """What a child process does."""
+    """What a child process does; it says how long calibration took, and of how many tensors."""
     who, *how = method.split()
     if who == "plain":
-        plain(name, path, count)
+        found = plain(name, path, count)
     elif who == "qgraph":
-        by_qgraph(name, path, count // 8 if "/8" in how else count, how[0])
+        found = by_qgraph(name, path, count // 8 if "/8" in how else count, how[0])
     else:
-        by_ort(name, path, count, how[0], at_once)
+        found = by_ort(name, path, count, how[0], at_once)
+    print(*found)
 
 
 def prepare(name: str, folder: str) -> str:
-    """The model with the types and shapes that the peer needs."""
-    import onnx
+    """The model as the peer wants it, and beside it the operators whose tensors are calibrated."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    model = onnx.load(Path(os.environ["QGRAPH_TEST_DATA"]) / FILES[name])
-    path = str(Path(folder) / f"{name}.onnx")
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
-    return path
+    from qgraph.passes.observe import CARRIERS, WEIGHTED
+
+    path = Path(folder) / f"{name}.onnx"
+    source = Path(os.environ["QGRAPH_TEST_DATA"]) / FILES[name]
+    # Symbolic shape inference gives up on MiniLM; the calibrators do not need it.
+    quant_pre_process(source, path, skip_symbolic_shape=name.startswith("minilm"))
+    Path(f"{path}.operators").write_text(" ".join(sorted(WEIGHTED | CARRIERS)))
+    return str(path)
 
 
 def main() -> None:
@@ -168,7 +192,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(FILES))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--samples", type=int, help="default: 512 sentences, 256 images")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json")
     parser.add_argument("--at-once", type=int, help="samples that the peer gets at a time")
     parser.add_argument("--one", nargs=5)
@@ -195,30 +219,49 @@ def main() -> None:
 
 
 def table(name: str, count: int, costs: dict[str, list[measure.Cost]]) -> dict[str, Any]:
-    """Print and return the medians."""
+    """Print and return medians, and ratios to plain and to the peer's faster calibrator."""
     base = costs.get("plain") or next(iter(costs.values()))
+    peers = [costs[m] for m in costs if m.startswith("ort")]
     rows = {}
-    print(
-        f"{name}, {count} samples: seconds, peak RSS MiB, peak anonymous MiB, of plain: time, RSS, anonymous"
-    )
+    titles = "calibration s, whole s, CPU s, RSS MiB, anonymous MiB | to plain: CPU, RSS, anonymous"
+    print(f"{name}, {count} samples: {titles} | times the peers' calibration, whole, CPU")
     for method, found in costs.items():
-        seconds, rss, anonymous = (
-            [getattr(c, field) for c in found]
-            for field in ("seconds", "peak_rss", "peak_anonymous")
-        )
-        row = {
-            "seconds": statistics.median(seconds),
-            "rss": statistics.median(rss) / 2**20,
-            "anonymous": statistics.median(anonymous) / 2**20,
-            "time_ratio": measure.ratio(seconds, [c.seconds for c in base]),
-            "rss_ratio": measure.ratio(rss, [c.peak_rss for c in base]),
-            "anonymous_ratio": measure.ratio(anonymous, [c.peak_anonymous for c in base]),
-            "tensors": found[0].output.strip().splitlines()[-1:],
+        said = [c.output.strip().splitlines()[-1].split() for c in found]
+        of = {
+            "calibration": [float(s) for s, _ in said],
+            "whole": [c.seconds for c in found],
+            "cpu": [c.cpu_seconds for c in found],
+            "rss": [c.peak_rss / 2**20 for c in found],
+            "anonymous": [c.peak_anonymous / 2**20 for c in found],
         }
+        row: dict[str, Any] = {key: statistics.median(values) for key, values in of.items()}
+        row["tensors"] = int(said[0][1])
+        plain_of = {
+            "cpu": [c.cpu_seconds for c in base],
+            "rss": [c.peak_rss / 2**20 for c in base],
+            "anonymous": [c.peak_anonymous / 2**20 for c in base],
+        }
+        row["to_plain"] = {k: _ratio(of[k], plain_of[k]) for k in plain_of}
+        row["faster_than"] = []
+        for peer in peers:
+            theirs = {
+                "calibration": [float(c.output.strip().splitlines()[-1].split()[0]) for c in peer],
+                "whole": [c.seconds for c in peer],
+                "cpu": [c.cpu_seconds for c in peer],
+            }
+            row["faster_than"].append({k: _ratio(theirs[k], of[k]) for k in theirs})
         rows[method] = row
-        shown = [f"{row[k]:9.2f}" for k in list(row)[:6]]
-        print(f"  {method:16}", *shown, *row["tensors"], flush=True)
+        shown = " ".join(f"{row[k]:8.2f}" for k in of)
+        shown += " |" + "".join(f" {v:5.2f}" for v in row["to_plain"].values())
+        for each in row["faster_than"]:
+            shown += " |" + "".join(f" {v:5.2f}" for v in each.values())
+        print(f"  {method:18} {shown} | {row['tensors']} tensors", flush=True)
     return rows
+
+
+def _ratio(a: list[float], b: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ kernel can drop at any time; peak anonymous memory (with shared memory) is what 
 
 from __future__ import annotations
 
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -20,9 +21,10 @@ _FIELDS = ("VmRSS", "RssAnon", "RssShmem")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run cost; bytes are those of all its processes together."""
+    """What one run cost; bytes are those of all its processes together, and so are seconds of processors."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
     peak_anonymous: int
     output: str
@@ -36,19 +38,25 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cost:
     """Run a command to its end and watch it."""
     rss = anonymous = 0
     with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody empties would stop the child
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _children_seconds()
         child = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
         while child.poll() is None:
             now = [_status(pid) for pid in _family(child.pid)]
             rss = max(rss, sum(s["VmRSS"] for s in now))
             anonymous = max(anonymous, sum(s["RssAnon"] + s["RssShmem"] for s in now))
             time.sleep(INTERVAL)
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, _children_seconds() - before
         said.seek(0)
         output = said.read()
     if child.returncode:
         raise Failed(f"{' '.join(command)} ended with {child.returncode}\n{output}")
-    return Cost(seconds, rss, anonymous, output)
+    return Cost(seconds, cpu_seconds, rss, anonymous, output)
+
+
+def _children_seconds() -> float:
+    """Of processors, by the children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
