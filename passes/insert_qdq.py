@@ -6,23 +6,20 @@ chosen form needs it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
-from qgraph import activations, graph, macs, numerics, opset, qdq, weights
+from qgraph import activations, graph, macs, opset, qdq, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.plan import Decision
 from qgraph.registry import register
 from qgraph.report import Operator
-from qgraph.spec import QTensor
 from qgraph.target import Request, Writer
 from qgraph.weights import Use, Weight
 
 if TYPE_CHECKING:
-    from qgraph.observers import Grid
+    pass
 
 
 @register
@@ -57,7 +54,7 @@ class InsertQdq(Pass):
                 placed.weights[weight.name] = weight.value.const_value
                 placed.uses[weight.name] = [u.node for u in weight.uses]
                 solved = ctx.plan.solved[weight.name]
-                ctx.plan.solved[weight.name] = _with_room_for_bias(solved, weight, grids)
+                ctx.plan.solved[weight.name] = qdq.with_room_for_bias(solved, weight, grids)
         for index, (use, form_name, weight, decision) in enumerate(todo):
             ctx.progress(f"writing {weight.label}", index / len(todo))
             self._write(writer, use, form_name, weight, decision, ctx)
@@ -66,9 +63,11 @@ class InsertQdq(Pass):
         regions, grids = activations.recall(model, ctx.plan)  # forms may have replaced values
         for node in dict.fromkeys(n for nodes in placed.uses.values() for n in nodes):
             assert node.inputs[0] is not None
-            placed.write_bias(writer, node, grids[node.inputs[0]])
+            correction = ctx.plan.corrections.get(str(node.outputs[0].name))
+            placed.write_bias(writer, node, grids[node.inputs[0]], correction)
         placed.write(writer, regions, grids)
         ctx.plan.solved.clear()
+        ctx.plan.corrections.clear()
         changed = bool(todo)
         graph.remove_dead(model)
         for each in graph.graphs(model):
@@ -106,35 +105,6 @@ class InsertQdq(Pass):
         record.setdefault("nodes", []).append(
             {"form": form_name, "node": made.name or "", "output": str(made.outputs[0].name)}
         )
-
-
-def _with_room_for_bias(q: QTensor, weight: Weight, grids: Mapping[ir.Value, Grid]) -> QTensor:
-    """Raise the scales of channels whose bias would not fit into int32 steps of s_x * s_w.
-
-    Channels that training switched off have weights near zero and all that is left of them is the bias.
-    """
-    least = np.zeros_like(q.scale)
-    for use in weight.uses:
-        node = use.node
-        x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-        if (
-            x is None
-            or x not in grids
-            or bias is None
-            or not graph.is_constant(bias)
-            or q.spec.group
-        ):
-            continue
-        size = np.abs(graph.array(bias).astype(np.float64)).reshape(-1)
-        if q.spec.is_per_tensor or size.size != least.size:
-            size = np.full(1, size.max(initial=0.0))
-        needed = size / (grids[x].scale * 2.0**30)
-        least = np.maximum(least, needed.reshape(-1, 1).astype(np.float32))
-    if (q.scale >= least).all():
-        return q
-    scale = np.maximum(q.scale, least)
-    codes = numerics.quantize(q.dequantize(), scale, q.zero_point, q.spec)
-    return QTensor(q.spec, codes, scale, q.zero_point)
 
 
 def _count_operators(model: ir.Model, ctx: Context) -> None:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy.typing as npt
+
 from qgraph.spec import QTensor, QuantSpec
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class QuantPlan:
         operators: first output of each operator that shall compute on codes → its inputs that have grids.
         absorbed: outputs of the Relu and Clip nodes whose bounds the grid behind them applies.
         moves: outputs of the operators that pass codes on.
+        corrections: first output of an operator → what its weight's rounding adds to the mean of each output channel
+            [C]; insert-qdq takes it off the bias.
     """
 
     decisions: dict[str, Decision] = field(default_factory=dict)
@@ -78,6 +82,7 @@ class QuantPlan:
     operators: dict[str, tuple[int, ...]] = field(default_factory=dict)
     absorbed: list[str] = field(default_factory=list)
     moves: list[str] = field(default_factory=list)
+    corrections: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @property
     def grids(self) -> dict[str, Grid]:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import graph, numerics
+from qgraph import graph, numerics, spec
 from qgraph.activations import Regions
 from qgraph.target import Writer
 
 if TYPE_CHECKING:
     from qgraph.observers import Grid
+    from qgraph.spec import QTensor
+    from qgraph.weights import Weight
+
+Array = npt.NDArray[Any]
+_BIASED = ("Conv", "ConvTranspose", "Gemm")
 
 
 @dataclass
@@ -30,14 +36,14 @@ class Placed:
         outputs: graph outputs that were renamed: value now hidden → its own name.
         weights: float tensor of each weight, by name.
         uses: weight → the operators that read it.
-        biases: operator → its float bias.
+        biases: operator → its float bias, None where it had none.
     """
 
     pairs: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
     outputs: dict[ir.Value, str] = field(default_factory=dict)
     weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     uses: dict[str, list[ir.Node]] = field(default_factory=dict)
-    biases: dict[ir.Node, tuple[str, ir.TensorProtocol]] = field(default_factory=dict)
+    biases: dict[ir.Node, tuple[str, ir.TensorProtocol] | None] = field(default_factory=dict)
 
     def write(self, writer: Writer, regions: Regions, grids: Mapping[ir.Value, Grid]) -> None:
         """Insert the pairs around activations."""
@@ -64,9 +70,13 @@ class Placed:
         made = graph.add_initializer(model.graph, names(weight), self.weights[weight])
         for node in self.uses[weight]:
             node.replace_input_with(1, made)
-            if node in self.biases:
-                name, tensor = self.biases.pop(node)
-                bias = graph.add_initializer(model.graph, names(name), tensor)
+            if node not in self.biases:
+                continue
+            held = self.biases.pop(node)
+            if held is None:
+                node.resize_inputs(2)
+            else:
+                bias = graph.add_initializer(model.graph, names(held[0]), held[1])
                 node.replace_input_with(2, bias)
 
     def _around(self, writer: Writer, regions: Regions, value: ir.Value, grid: Grid) -> None:
@@ -130,17 +140,27 @@ class Placed:
         self.pairs.append((value, floats))
         return floats
 
-    def write_bias(self, writer: Writer, node: ir.Node, grid: Grid) -> None:
-        """Turn the constant float bias of a Conv or Gemm into int32 behind DequantizeLinear, scale = s_x * s_w."""
+    def write_bias(
+        self, writer: Writer, node: ir.Node, grid: Grid, correction: Array | None = None
+    ) -> None:
+        """Turn the constant float bias of a Conv or Gemm into int32 behind DequantizeLinear, scale = s_x * s_w.
+
+        The correction [C] is taken off it; an operator without a bias gets one for it.
+        """
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+        if node.op_type not in _BIASED or (bias is None and correction is None):
             return
         weight = node.inputs[1]
         dequantize = weight.producer() if weight is not None else None
-        assert dequantize is not None and bias.const_value is not None
+        assert dequantize is not None
         scales = dequantize.inputs[1]
         assert scales is not None
-        values = np.asarray(graph.array(bias), np.float32).reshape(-1)
+        values = np.zeros(1) if bias is None else graph.array(bias).astype(np.float64).reshape(-1)
+        # A bias that several operators share stays shared unless they are corrected.
+        owner = "" if correction is None else str(node.outputs[0].name)
+        name = f"{owner}.bias" if bias is None else str(bias.name)
+        if correction is not None:
+            values = values - correction
         per_channel = graph.array(scales).reshape(-1)
         if values.size < per_channel.size:  # Gemm broadcasts one value
             values = np.full(per_channel.size, values[0])
@@ -148,20 +168,54 @@ class Placed:
             per_channel = np.tile(per_channel, values.size // per_channel.size)
         scale = numerics.bias_scale(grid.scale, per_channel, values.size)
         codes = numerics.bias_codes(values, scale)
-        key = ("bias", str(bias.name), grid.scale, str(scales.name))
+        key = ("bias", owner, name, grid.scale, str(scales.name))
         parts = {"int32": codes, "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
         constants = [
-            writer.constant((*key, part), f"{bias.name}.{part}", lambda a=array: a)  # type: ignore[misc]
+            writer.constant((*key, part), f"{name}.{part}", lambda a=array: a)  # type: ignore[misc]
             for part, array in parts.items()
         ]
-        out = graph.value(writer.names(f"{bias.name}.dequantized"), bias.dtype, values.shape)
+        out = graph.value(writer.names(f"{name}.dequantized"), ir.DataType.FLOAT, values.shape)
         graph.add_node(
             node, "DequantizeLinear", constants, [out],
-            name=writer.names(f"{bias.name}.DequantizeLinear"),
+            name=writer.names(f"{name}.DequantizeLinear"),
             attributes={"axis": 0} if scale.ndim else {},
         )  # fmt: skip
+        node.resize_inputs(3)
         node.replace_input_with(2, out)
-        self.biases[node] = (str(bias.name), bias.const_value)
+        if bias is not None:
+            assert bias.const_value is not None
+            self.biases[node] = (str(bias.name), bias.const_value)
+        else:
+            self.biases[node] = None
+
+
+def with_room_for_bias(q: QTensor, weight: Weight, grids: Mapping[ir.Value, Grid]) -> QTensor:
+    """Raise the scales of channels whose bias would not fit into int32 steps of s_x * s_w.
+
+    Channels that training switched off have weights near zero and all that is left of them is the bias.
+    """
+    least = np.zeros_like(q.scale)
+    for use in weight.uses:
+        node = use.node
+        x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        if (
+            x is None
+            or x not in grids
+            or bias is None
+            or not graph.is_constant(bias)
+            or q.spec.group
+        ):
+            continue
+        size = np.abs(graph.array(bias).astype(np.float64)).reshape(-1)
+        if q.spec.is_per_tensor or size.size != least.size:
+            size = np.full(1, size.max(initial=0.0))
+        needed = size / (grids[x].scale * 2.0**30)
+        least = np.maximum(least, needed.reshape(-1, 1).astype(np.float32))
+    if (q.scale >= least).all():
+        return q
+    scale = np.maximum(q.scale, least)
+    codes = numerics.quantize(q.dequantize(), scale, q.zero_point, q.spec)
+    return spec.QTensor(q.spec, codes, scale, q.zero_point)
 
 
 def _home(model: ir.Model, value: ir.Value) -> ir.Graph:

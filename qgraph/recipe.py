@@ -42,6 +42,7 @@ STATIC_PIPELINE = (
     "observe",
     "assign-precision",
     "solve-weights",
+    "correct-bias",
     "insert-qdq",
     "fuse-qdq",
     "cleanup",

@@ -1,0 +1,132 @@
+"""correct-bias: the means of output channels stay those of the float model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import qgraph
+from qgraph import errors, graph, runtime
+from qgraph.recipe import PRESETS, STATIC_PIPELINE, load
+
+RNG = np.random.default_rng(7)
+HEAD = "g (float[n, 4, 8, 8] x) => (float[n, c, h, w] y) {"
+DEPTHWISE = "p = Conv <group = 4, pads = [1, 1, 1, 1]> (x, a, k) q = Relu(p) y = Conv (q, b)"
+
+
+def draw(*shape: int) -> np.ndarray[Any, Any]:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+CONSTANTS = {"a": draw(4, 1, 3, 3), "k": draw(4), "b": draw(6, 4, 1, 1)}
+
+
+def samples(count: int = 6) -> list[dict[str, Any]]:
+    """Inputs far from zero, so that rounding a weight shifts the mean."""
+    return [{"x": np.abs(draw(1, 4, 8, 8)) + 3} for _ in range(count)]
+
+
+def outputs(model: Any, data: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
+    session = runtime.session(model, config={"session.disable_quant_qdq": "1"})
+    return np.concatenate([session.run(None, feeds)[0] for feeds in data])
+
+
+def shift(model: Any, result: qgraph.Result, data: list[dict[str, Any]]) -> float:
+    """Root mean square of the differences of output channels' means."""
+    added = outputs(result.to_proto(), data) - outputs(model, data)
+    return float(np.sqrt(np.square(added.mean(axis=(0, 2, 3))).mean()))
+
+
+def without_correction() -> Any:
+    pipeline = tuple(p for p in STATIC_PIPELINE if p != "correct-bias")
+    return PRESETS["int8-static"].model_copy(update={"pipeline": pipeline})
+
+
+def test_means_of_channels_stay(parse):
+    """One large weight per channel makes the steps of the others coarse."""
+    constants = {name: array.copy() for name, array in CONSTANTS.items()}
+    constants["a"][:, :, 0, 0] *= 20
+    constants["b"][:, 0] *= 20
+    model, data = parse(f"{HEAD} {DEPTHWISE} }}", **constants), samples(16)
+    kept = qgraph.optimize(model, "int8-static", data=data)
+    plain = qgraph.optimize(model, without_correction(), data=data)
+    assert shift(model, kept, data) < 0.3 * shift(model, plain, data)
+
+
+def test_padding_counts(parse):
+    """At the borders a padded convolution sums less: the mean over all places is the measured one."""
+    text = f"{HEAD} y = Conv <pads = [2, 2, 2, 2], strides = [3, 3]> (x, a, k) }}"
+    model, data = parse(text, a=draw(4, 4, 3, 3), k=draw(4)), samples()
+    held: dict[str, Any] = {}
+    _watch(model, data, held)
+    added = outputs(_with_weight(model, held["codes"]), data) - outputs(model, data)
+    np.testing.assert_allclose(held["corrections"]["y"], added.mean(axis=(0, 2, 3)), atol=1e-5)
+
+
+def _with_weight(model: ir.Model, weight: np.ndarray[Any, Any]) -> ir.Model:
+    copy = graph.clone(model)
+    copy.graph.initializers["a"].const_value = ir.tensor(weight, name="a")
+    return copy
+
+
+def _watch(model: ir.Model, data: Any, held: dict[str, Any], *overrides: str) -> qgraph.Result:
+    """Quantize, and remember the plan as correct-bias leaves it."""
+    from qgraph.pipeline import Instrument
+
+    class After(Instrument):
+        def after(self, each, work, ctx, changed):
+            if each.name == "correct-bias":
+                held["corrections"] = dict(ctx.plan.corrections)
+                dims = np.asarray(graph.array(work.graph.initializers["a"])).shape
+                held["codes"] = ctx.plan.solved["a"].dequantize().reshape(dims)
+
+    return qgraph.optimize(
+        model, "int8-static", data=data, instruments=[After()], overrides=overrides
+    )
+
+
+def test_so_many_samples(parse):
+    text = f"{HEAD} y = Conv (x, a, k) }}"
+    model, data = parse(text, a=draw(4, 4, 3, 3), k=draw(4)), samples()
+    held: dict[str, Any] = {}
+    _watch(model, data, held, "options.correct-bias.samples=1")
+    added = outputs(_with_weight(model, held["codes"]), data[:1]) - outputs(model, data[:1])
+    np.testing.assert_allclose(held["corrections"]["y"], added.mean(axis=(0, 2, 3)), atol=1e-5)
+    with pytest.raises(errors.RecipeError, match="samples"):
+        _watch(model, data, held, "options.correct-bias.samples=0")
+
+
+def test_a_shared_bias_is_corrected_for_each_operator(parse):
+    text = f"{HEAD} p = Conv (x, a, k) q = Conv (x, b, k) y = Add(p, q) }}"
+    model = parse(text, a=draw(4, 4, 3, 3), b=draw(4, 4, 3, 3), k=draw(4))
+    result = qgraph.optimize(model, "int8-static", data=samples())
+    biases = [
+        graph.array(n.inputs[2].producer().inputs[0])
+        for n in graph.nodes(result.model)
+        if n.op_type == "Conv"
+    ]
+    assert len(biases) == 2 and (biases[0] != biases[1]).any()
+
+
+@pytest.mark.parametrize("opset", [8, 17])
+def test_an_operator_without_a_bias_gets_one(parse, opset):
+    """Gemm needs its third input before opset 11; Conv never does."""
+    text = """g (float[n, 4, 8, 8] x) => (float[n, c] y) {
+        p = Conv (x, a) q = GlobalAveragePool(p) r = Flatten(q) y = Gemm <transB = 1> (r, b, k) }"""
+    constants = {"a": draw(8, 4, 3, 3), "b": draw(5, 8), "k": np.zeros(5, np.float32)}
+    model, data = parse(text, opset=opset, **constants), samples()
+    result = qgraph.optimize(model, "int8-static", data=data)
+    conv, gemm = (n for n in graph.nodes(result.model) if n.op_type in ("Conv", "Gemm"))
+    for node in (conv, gemm):
+        assert graph.array(node.inputs[2].producer().inputs[0]).any()
+    want, got = outputs(model, data), outputs(result.to_proto(), data)
+    assert qgraph.numerics.sqnr_db(want, got) > 30
+    assert [e for e in result.report.diagnostics if e.code == "QG405"]
+
+
+def test_a_recipe_may_leave_it_out():
+    assert "correct-bias" in load("int8-static").pipeline
+    assert "correct-bias" not in load(without_correction()).pipeline
