@@ -62,14 +62,17 @@ def test_padding_counts(parse):
     model, data = parse(text, a=draw(4, 4, 3, 3), k=draw(4)), samples()
     held: dict[str, Any] = {}
     _watch(model, data, held)
-    added = outputs(_with_weight(model, held["codes"]), data) - outputs(model, data)
+    added = _added(model, held, data)
     np.testing.assert_allclose(held["corrections"]["y"], added.mean(axis=(0, 2, 3)), atol=1e-5)
 
 
-def _with_weight(model: ir.Model, weight: np.ndarray[Any, Any]) -> ir.Model:
-    copy = graph.clone(model)
-    copy.graph.initializers["a"].const_value = ir.tensor(weight, name="a")
-    return copy
+def _added(model: ir.Model, held: dict[str, Any], data: list[dict[str, Any]]) -> Any:
+    """What the codes of weight and input change, by float arithmetic."""
+    copy, grid = graph.clone(model), held["grid"]
+    copy.graph.initializers["a"].const_value = ir.tensor(held["codes"], name="a")
+    codes = [np.clip(np.rint(f["x"] / grid.scale) + grid.zero_point, 0, 255) for f in data]
+    rounded = [{"x": np.float32((c - grid.zero_point) * grid.scale)} for c in codes]
+    return outputs(copy, rounded) - outputs(model, data)
 
 
 def _watch(model: ir.Model, data: Any, held: dict[str, Any], *overrides: str) -> qgraph.Result:
@@ -80,6 +83,7 @@ def _watch(model: ir.Model, data: Any, held: dict[str, Any], *overrides: str) ->
         def after(self, each, work, ctx, changed):
             if each.name == "correct-bias":
                 held["corrections"] = dict(ctx.plan.corrections)
+                held["grid"] = ctx.plan.grids["x"]
                 dims = np.asarray(graph.array(work.graph.initializers["a"])).shape
                 held["codes"] = ctx.plan.solved["a"].dequantize().reshape(dims)
 
@@ -93,7 +97,7 @@ def test_so_many_samples(parse):
     model, data = parse(text, a=draw(4, 4, 3, 3), k=draw(4)), samples()
     held: dict[str, Any] = {}
     _watch(model, data, held, "options.correct-bias.samples=1")
-    added = outputs(_with_weight(model, held["codes"]), data[:1]) - outputs(model, data[:1])
+    added = _added(model, held, data[:1])
     np.testing.assert_allclose(held["corrections"]["y"], added.mean(axis=(0, 2, 3)), atol=1e-5)
     with pytest.raises(errors.RecipeError, match="samples"):
         _watch(model, data, held, "options.correct-bias.samples=0")
