@@ -16,6 +16,7 @@ instead, which keeps the function on every input, but no integer kernel absorbs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeAlias
@@ -34,6 +35,9 @@ Doubles: TypeAlias = npt.NDArray[np.float64]
 
 _LARGEST = 2.0**10  # a factor beyond this serves no grid, only dead channels
 _LEAST = 1.01  # smaller factors than this are not worth another weight
+_KEEP_UNDER = 1 << 20  # elements of a weight in float64 at a time
+_READ = 1 << 32  # elements that all rounds together may read, but for
+_LEAST_ROUNDS = 3
 _PROVEN_ON = 8
 _TOLERANCE = 1e-4
 
@@ -53,7 +57,7 @@ class Equalize(Pass):
         clips: Literal["keep", "measured", "exact"] = "keep"
         """Channels behind a Clip: left alone, scaled where data shows the bound unused, or one bound each."""
         iterations: int = 100
-        """Rounds over all groups at most."""
+        """Rounds over all groups at most; fewer for a model of more than 40 million weights, three at least."""
         tolerance: float = 1e-3
         """Stop when no channel moves by more than this share."""
 
@@ -139,34 +143,60 @@ class _Item:
 
 
 class _Tensor:
-    """Magnitudes of one weight, as far as channels tell them apart, and the factors that act on it."""
+    """Magnitudes of one weight with the factors that act on it, read part by part from where it is stored."""
 
     def __init__(self, value: ir.Value) -> None:
         self.factors: dict[tuple[int, bytes, bool], tuple[_Item, Member]] = {}
-        self._value = value
-        self._base: Doubles | None = None
+        self._array = graph.array(value)
+        self._kept: Doubles | None = None
 
     def add(self, item: _Item, member: Member) -> None:
         """A group acts on it; uses by several nodes count once."""
         key = (id(item), member.labels.tobytes(), member.is_inverse)
         self.factors.setdefault(key, (item, member))
 
-    def now(self) -> Doubles:
-        """|W| with all factors, its largest element 1; size 1 along axes that no channel varies on."""
-        if self._base is None:
-            array = graph.array(self._value)
-            labels = [m.labels for _, m in self.factors.values()]
-            varying = np.broadcast_shapes(*(a.shape for a in labels))
-            varying = (1,) * (array.ndim - len(varying)) + varying
-            rest = tuple(a for a in range(array.ndim) if varying[a] == 1)
-            self._base = np.abs(array).max(axis=rest, keepdims=True).astype(np.float64)
-        result = self._base
+    def peaks(self, labels: npt.NDArray[np.int64]) -> Doubles:
+        """Largest |W| with all factors for each position of `labels`, over the largest of all; shaped as `labels`."""
+        rank = self._array.ndim
+        rest = tuple(a for a in range(-rank, 0) if -a > labels.ndim or labels.shape[a] == 1)
+        found: Doubles | None = None
+        for part, start, stop in self._parts():
+            for own in self._factors():
+                shape = (1,) * (rank - own.ndim) + own.shape
+                own = own.reshape(shape)
+                part = part * (own[start:stop] if shape[0] > 1 else own)
+            if 0 - rank in rest:  # the axis that is read in parts
+                here = part.max(axis=rest, keepdims=True)
+                found = here if found is None else np.maximum(found, here)
+            else:
+                here = part.max(axis=rest, keepdims=True) if rest else part
+                found = here if found is None else np.concatenate([found, here])
+        assert found is not None
+        largest = float(found.max(initial=0.0))
+        if largest:
+            found = found / largest
+        return found.reshape(found.shape[rank - labels.ndim :]) if labels.ndim < rank else found
+
+    def _parts(self) -> Iterator[tuple[Doubles, int, int]]:
+        """|W| in parts along its first axis; small tensors are kept, reduced to what factors tell apart."""
+        if self._array.size <= _KEEP_UNDER:
+            if self._kept is None:
+                wide = np.broadcast_shapes(*(m.labels.shape for _, m in self.factors.values()))
+                wide = (1,) * (self._array.ndim - len(wide)) + wide
+                alike = tuple(a for a in range(self._array.ndim) if wide[a] == 1)
+                self._kept = np.abs(self._array).max(axis=alike, keepdims=True).astype(np.float64)
+            yield self._kept, 0, len(self._kept)
+            return
+        rows = max(1, _KEEP_UNDER * len(self._array) // self._array.size)
+        for i in range(0, len(self._array), rows):
+            held = self._array[i : i + rows]
+            yield np.abs(held).astype(np.float64), i, i + len(held)
+
+    def _factors(self) -> Iterator[Doubles]:
         for item, member in self.factors.values():
             at = item.group.positions(member)
             own = np.where(at >= 0, item.s[at], 1.0)
-            result = result / own if member.is_inverse else result * own
-        largest = float(result.max(initial=0.0))
-        return result / largest if largest else result
+            yield 1 / own if member.is_inverse else own
 
 
 def _even_out(items: list[_Item], rounds: int, tolerance: float) -> int:
@@ -175,6 +205,8 @@ def _even_out(items: list[_Item], rounds: int, tolerance: float) -> int:
     for item in items:
         for member in (*item.group.writers, *item.group.readers):
             tensors.setdefault(member.value, _Tensor(member.value)).add(item, member)
+    elements = sum(graph.array(v).size for v in tensors)
+    rounds = min(rounds, max(_LEAST_ROUNDS, _READ // max(elements, 1)))
     for count in range(1, rounds + 1):
         change = 1.0
         for item in items:
@@ -190,9 +222,9 @@ def _ranges(item: _Item, members: tuple[Member, ...], tensors: dict[ir.Value, _T
     """Largest magnitude of each channel [C] in these members, each over the largest of its tensor."""
     result = np.zeros(item.group.size)
     for member in members:
-        at = item.group.positions(member)
-        now = tensors[member.value].now()
-        at, now = np.broadcast_arrays(at, now)
+        at, now = np.broadcast_arrays(
+            item.group.positions(member), tensors[member.value].peaks(member.labels)
+        )
         np.maximum.at(result, at[at >= 0], now[at >= 0])
     return result
 

@@ -36,7 +36,9 @@ def static_spec(text: str) -> QuantSpec:
     return replace(spec, block=(0, 0), symmetric="sym" in parts[1:])
 
 
-ROTATED_PIPELINE = (DEFAULT_PIPELINE[0], "rotate", *DEFAULT_PIPELINE[1:])
+# Rotations mix channels; what differs between heads, or was scaled up in one and down in the next layer, they cannot
+# mix away: that is evened out before.
+ROTATED_PIPELINE = (DEFAULT_PIPELINE[0], "equalize", "rotate", *DEFAULT_PIPELINE[1:])
 STATIC_PIPELINE = (
     "canonicalize",
     "observe",
