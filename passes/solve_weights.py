@@ -1,15 +1,20 @@
 """solve-weights: float weights of the plan → codes and scales, one weight at a time.
 
 At most two weights are in memory: what is solved goes to the spool. A weight with NaN or Inf is an error, not a guess.
-Solvers that ask for Gram matrices get those of the weight's inputs on the data, as many at a time as may be in memory.
+Solvers that ask for Gram matrices get those of the weight's inputs on the data, as many at a time as may be in memory;
+or, one tensor after the other, those of the inputs that they will see behind the weights that are solved already.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +22,7 @@ from pydantic import ValidationError
 
 from qgraph import calibrate, data, errors, registry, weights
 from qgraph.calibrate import grams
+from qgraph.calibrate.twins import Means, Twins, collect
 from qgraph.observers import Wanted
 from qgraph.passes.solvers import weighted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
@@ -28,6 +34,7 @@ from qgraph.spool import Packed
 from qgraph.weights import Weight
 
 _CHUNK = 1 << 20
+Tell = Callable[[Weight, QTensor], None]
 
 
 @register
@@ -46,6 +53,9 @@ class SolveWeights(Pass):
         """MiB of Gram matrices in memory at once; where that is too little the model runs several times."""
         max_memory: int = 32
         """MiB of activations alive at once in one of these runs."""
+        inputs: Literal["quantized", "float"] = "quantized"
+        """What solvers with data see: inputs of a model whose weights up to there are quantized (it runs once for every
+        tensor that weights read, up to that tensor), or those of the float model (it runs as often as memory asks)."""
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.plan.solved`."""
@@ -56,12 +66,13 @@ class SolveWeights(Pass):
         kept: dict[str, Future[Packed]] = {}
         done = 0
         with ThreadPoolExecutor(1) as keeper:  # writes one weight while the next is solved
-            for decision, stats in self._with_statistics(model, found, solvers, ctx):
+            for decision, stats, tell in self._with_statistics(model, found, solvers, ctx):
                 weight = found[decision.value]
                 ctx.progress(f"solving {weight.label}", done / total)
                 # What is random depends on the weight's place in the plan, not on the order of solving.
                 rng = np.random.default_rng([ctx.recipe.seed, planned.index(decision)])
                 q = self._solve(weight, decision, solvers[decision.solver], stats, rng, ctx)
+                tell(weight, q)
                 wait(kept.values())
                 kept[weight.name] = keeper.submit(Packed, q, ctx.spool)
                 done += weight.nbytes
@@ -71,28 +82,39 @@ class SolveWeights(Pass):
 
     def _with_statistics(
         self, model: ir.Model, found: dict[str, Weight], solvers: dict[str, Solver], ctx: Context
-    ) -> Iterator[tuple[Decision, WeightStats | None]]:
-        """Each decision with what its solver wants to know: those without statistics first."""
+    ) -> Iterator[tuple[Decision, WeightStats | None, Tell]]:
+        """Each decision with what its solver wants to know, and whom to tell the result; without statistics first."""
         asking: dict[str, Decision] = {}
         wanted: list[tuple[Weight, tuple[str, ...]]] = []
+        plain: list[Decision] = []
         for decision in ctx.plan.quantized():
             weight = found[decision.value]
-            if solvers[decision.solver].statistics == "none":
-                yield decision, None
-                continue
-            inputs = grams.inputs_of(weight)
-            if isinstance(inputs, str):
-                message = f"solver {decision.solver} has no Gram matrix for it: {inputs}"
-                hint = "it was solved as if all inputs were alike and independent"
-                ctx.report("note", "QG404", weight.label, message, hint)
-                yield decision, None
-                continue
-            asking[weight.name] = decision
-            wanted.append((weight, inputs))
+            inputs = _inputs(weight, solvers[decision.solver], ctx)
+            if inputs:
+                asking[weight.name] = decision
+                wanted.append((weight, inputs))
+            else:
+                plain.append(decision)
         if not wanted:
+            yield from ((decision, None, _no_one) for decision in plain)
             return
-        dataset = _dataset(model, asking[wanted[0][0].name], ctx)
+        dataset = _dataset(model, next(iter(asking.values())), ctx)
         options = self.options_as(SolveWeights.Options)
+        if options.inputs == "quantized":
+            with tempfile.TemporaryDirectory(prefix="qgraph-twins-") as folder:
+                twins = Twins(model, dataset, Path(folder), ctx.threads)
+
+                def tell(weight: Weight, q: QTensor) -> None:
+                    twins.replace(weight.name, weight.matrix.back(q.dequantize(), weight.dims))
+
+                yield from ((decision, None, tell) for decision in plain)
+                for inputs, group in _by_inputs(wanted):
+                    ctx.progress(f"calibrating {', '.join(inputs)}", 0.0)
+                    halves = collect(twins, group, inputs)
+                    for weight, known in _from_means(halves, group, inputs, ctx):
+                        yield asking[weight.name], known, tell
+            return
+        yield from ((decision, None, _no_one) for decision in plain)
         for batch in grams.batches(wanted, options.gram_memory << 20):
             names = dict.fromkeys(n for _, inputs in batch for n in inputs)
             stats = calibrate.run(
@@ -105,7 +127,7 @@ class SolveWeights(Pass):
             )
             held = grams.Grams(stats)
             for weight, inputs in batch:
-                yield asking[weight.name], _known(held, weight, inputs, ctx)
+                yield asking[weight.name], _known(held.of(inputs), weight, inputs, ctx), _no_one
 
     def _solve(
         self,
@@ -144,10 +166,59 @@ def _dataset(model: ir.Model, decision: Decision, ctx: Context) -> data.Dataset:
     return dataset
 
 
+def _inputs(weight: Weight, solver: Solver, ctx: Context) -> tuple[str, ...]:
+    """The tensors whose Gram matrix the solver asks for; none where it asks for nothing or there can be none."""
+    if solver.statistics == "none":
+        return ()
+    inputs = grams.inputs_of(weight)
+    if isinstance(inputs, str):
+        message = f"solver {solver.name} has no Gram matrix for it: {inputs}"
+        hint = "it was solved as if all inputs were alike and independent"
+        ctx.report("note", "QG404", weight.label, message, hint)
+        return ()
+    return inputs
+
+
+def _by_inputs(
+    wanted: list[tuple[Weight, tuple[str, ...]]],
+) -> Iterator[tuple[tuple[str, ...], list[Weight]]]:
+    """Weights that read the same tensors, group by group, in the order of their first."""
+    groups: dict[tuple[str, ...], list[Weight]] = {}
+    for weight, inputs in wanted:
+        groups.setdefault(inputs, []).append(weight)
+    yield from groups.items()
+
+
+def _from_means(
+    halves: tuple[Means, Means], group: list[Weight], inputs: tuple[str, ...], ctx: Context
+) -> Iterator[tuple[Weight, WeightStats | None]]:
+    """What is known about each weight of a group; the Gram matrix is shared."""
+    whole = halves[0] + halves[1]
+    first = whole.stats(group[0].name)
+    gram = None if first is None else np.asarray(first.gram)
+    for weight in group:
+        known = _known(gram, weight, inputs, ctx)
+        stats = whole.stats(weight.name)
+        if known is None or stats is None:
+            yield weight, None
+            continue
+        parts = [half.stats(weight.name) for half in halves]
+        share = 1.0
+        if parts[0] is not None and parts[1] is not None:
+            share = weighted.shrinkage(weight.read(), (parts[0], parts[1]), weighted.DAMPING)
+        assert gram is not None and stats.cross is not None
+        cross = gram + share * (stats.cross - gram)
+        offset = None if stats.offset is None else share * stats.offset
+        yield weight, replace(known, cross=cross, offset=offset)
+
+
+def _no_one(weight: Weight, q: QTensor) -> None:
+    """Nobody waits for the result."""
+
+
 def _known(
-    held: grams.Grams, weight: Weight, inputs: tuple[str, ...], ctx: Context
+    gram: grams.Doubles | None, weight: Weight, inputs: tuple[str, ...], ctx: Context
 ) -> WeightStats | None:
-    gram = held.of(inputs)
     if gram is None:
         ctx.report(
             "warning", "QG405", weight.label, f"the samples never reach {' or '.join(inputs)}",

@@ -25,11 +25,16 @@ class WeightStats:
 
     Attributes:
         importance: [K] mean of x² per input channel, or None without data.
-        gram: [K, K] mean of x xᵀ, or None.
+        gram: [K, K] mean of x xᵀ, or None; of x̃ x̃ᵀ where there is a cross.
+        cross: [K, K] mean of x x̃ᵀ, x being the input in the float model and x̃ in one whose weights before this one
+            are quantized; None where both are the same.
+        offset: [N, K] mean of (r - r̃) x̃ᵀ, r being what the output is added to; None counts as zeros.
     """
 
     importance: Floats | None = None
     gram: npt.NDArray[np.floating[Any]] | None = None
+    cross: npt.NDArray[np.floating[Any]] | None = None
+    offset: npt.NDArray[np.floating[Any]] | None = None
 
 
 class Solver(ABC):

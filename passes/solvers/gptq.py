@@ -1,5 +1,8 @@
 """gptq: each column's rounding error is made up for by the columns that come after it.
 
+Where the inputs are those of a model that is quantized up to here, errors of the weights before this one are made up
+for as well (see `weighted`), as GPTAQ and Qronos do.
+
 Columns go from the most to the least energy (act-order); scales and zero points come from a search on the original
 weights first (static groups), so the result has plain blocks and needs no g_idx. Weights that read the same tensor
 share the factored Gram matrix. Rows for which plain rounding is better keep that.
@@ -31,7 +34,7 @@ class Gptq(Solver):
     class Options(SolverOptions):
         """Options of gptq."""
 
-        damping: float = Field(0.01, gt=0)
+        damping: float = Field(weighted.DAMPING, gt=0)
         """Share of the mean diagonal added to the Gram matrix."""
         threads: int = 0
         """Threads to use; 0 is one per core."""
@@ -52,9 +55,13 @@ class Gptq(Solver):
         assert isinstance(self.options, Gptq.Options)
         curvature = self._prepared.of(stats, w.shape[1])
         known = WeightStats(importance=weighted.importance(curvature))
-        start = Rtn(threads=self.options.threads).solve(w, spec, known, rng)
-        task = weighted.Task(w, spec, curvature, self.options.threads)
-        return task.improve(start, self._ways(task))
+        plain = Rtn(threads=self.options.threads)
+        starts = [plain.solve(w, spec, known, rng)]
+        target = curvature.target(w, stats)
+        if target is not w and not spec.is_per_tensor:
+            starts.append(plain.solve(target, spec, known, rng))
+        task = weighted.Task(target, spec, curvature, self.options.threads)
+        return task.improve(starts, self._ways(task))
 
     def _ways(self, task: weighted.Task) -> list[Any]:
         return [task.feedback]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from qgraph.spec import Floats, QTensor, QuantSpec
 Doubles = npt.NDArray[np.float64]
 _CHUNK = 1 << 21  # elements of a task
 _RETRIES = 6
+DAMPING = 0.01  # share of the mean diagonal that is added by default
 
 
 class Curvature:
@@ -72,6 +73,22 @@ class Curvature:
         return np.ascontiguousarray(transposed / np.diag(transposed)[:, None], np.float32)
 
     @cached_property
+    def inverse(self) -> Doubles:
+        """H⁻¹."""
+        return np.asarray(np.linalg.inv(self.damped), np.float64)
+
+    def target(
+        self, w: npt.NDArray[np.floating[Any]], stats: WeightStats | None
+    ) -> npt.NDArray[np.floating[Any]]:
+        """The weights w* [N, K] that the rounded ones should be near: w where inputs are those of the float model."""
+        if stats is None or stats.cross is None:
+            return w
+        missing = w.astype(np.float64) @ (stats.cross - self.gram)
+        if stats.offset is not None:
+            missing += stats.offset
+        return (w + missing @ self.inverse).astype(np.float32)
+
+    @cached_property
     def single(self) -> Floats:
         """H in float32."""
         return self.damped.astype(np.float32)
@@ -87,6 +104,31 @@ class Curvature:
         e = w.astype(np.float64) - rows.dequantize()
         found: Doubles = np.maximum(np.einsum("nk,nk->n", e @ h, e), 0)
         return found
+
+
+def shrinkage(
+    w: npt.NDArray[np.floating[Any]], halves: tuple[WeightStats, WeightStats], damping: float
+) -> float:
+    """How much of w* - w is worth having, 0..1.
+
+    The least-squares factor, on one half of the samples, for the difference that the other half asks for.
+
+    Args:
+        w: [N, K] weights.
+        halves: what is known from each half of the samples.
+        damping: as in Curvature.
+    """
+    along = square = 0.0
+    for here, there in (halves, halves[::-1]):
+        assert here.gram is not None and there.gram is not None and there.cross is not None
+        found = Curvature(np.asarray(here.gram, np.float64), damping).target(w, here)
+        change = found.astype(np.float64) - w
+        missing = w.astype(np.float64) @ (there.cross - there.gram)
+        if there.offset is not None:
+            missing += there.offset
+        along += float(np.einsum("nk,nk->", missing, change))
+        square += float(np.einsum("nk,nk->", change @ there.gram, change))
+    return min(max(along / square, 0.0), 1.0) if square > 0 else 0.0
 
 
 class Prepared:
@@ -162,17 +204,19 @@ class Task:
     curvature: Curvature
     threads: int
 
-    def improve(self, start: QTensor, ways: Iterable[Callable[[Floats, Rows], Rows]]) -> QTensor:
-        """The best of the start and what each way makes of what came before it, row by row.
+    def improve(
+        self, starts: Sequence[QTensor], ways: Iterable[Callable[[Floats, Rows], Rows]]
+    ) -> QTensor:
+        """The best of the starts and what each way makes of what came before it, row by row.
 
         Args:
-            start: never done worse than.
+            starts: never done worse than any of them.
             ways: (w, rows) → other rows; each gets the best rows so far.
 
         Returns:
             What was found; `error` is the sum of e H eᵀ without damping.
         """
-        rows = unpack(start)
+        rows, *others = (unpack(start) for start in starts)
         steps = tuple(ways)
         n, k = rows.codes.shape
         # A per-tensor scale is one for all rows: rows may then differ in their codes alone.
@@ -184,7 +228,8 @@ class Task:
             w = np.ascontiguousarray(self.w[part], np.float32)
             best = rows.part(part)
             cost = self.curvature.cost(w, best)
-            for way in steps:
+            given = [lambda w, rows, other=other: other.part(part) for other in others]
+            for way in (*given, *steps):
                 other = way(w, best)
                 found = self.curvature.cost(w, other)
                 better = found < cost

@@ -87,10 +87,36 @@ def test_memory_for_gram_matrices_changes_nothing_but_the_number_of_runs():
     made = []
     for memory in (0, 512):
         result = tiny_llama(
-            {"extends": "int4-gptq", "options": {"solve-weights": {"gram_memory": memory}}},
+            {
+                "extends": "int4-gptq",
+                "options": {"solve-weights": {"gram_memory": memory, "inputs": "float"}},
+            },
             data=samples(2),
         )
         made.append({e.label: e.sqnr_db for e in result.ledger})
+    assert made[0] == made[1]
+
+
+def test_inputs_of_the_quantized_model_are_better_than_those_of_the_float_model():
+    from qgraph import evaluate
+
+    tokens = data.eval_tokens()[4096:6144]
+    found = {}
+    for inputs in ("float", "quantized"):
+        recipe = {"extends": "int4-gptq", "options": {"solve-weights": {"inputs": inputs}}}
+        result = tiny_llama(recipe, data=samples(24))
+        compared = evaluate.divergence(files.load("zoo:tiny-llama"), result.model, tokens, 128)
+        found[inputs] = compared.divergence.kl_mean.value
+    assert found["quantized"] < 0.97 * found["float"]
+
+
+@pytest.mark.parametrize("inputs", ["float", "quantized"])
+def test_the_same_codes_each_time(inputs):
+    recipe = {"extends": "int4-gptq", "options": {"solve-weights": {"inputs": inputs}}}
+    made = [
+        tiny_llama(recipe, data=samples(2), threads=threads).to_proto().SerializeToString()
+        for threads in (1, 2)
+    ]
     assert made[0] == made[1]
 
 
