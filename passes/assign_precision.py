@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -57,6 +57,7 @@ class AssignPrecision(Pass):
             decided.setdefault(index, []).append(weight)
         for index, rule in enumerate(ctx.recipe.rules):
             _promote(rule, decided.get(index, []), ctx, reach)
+        _settle(found, ctx, reach)
         _check_names(ctx.recipe.rules, found)
         return False
 
@@ -176,6 +177,36 @@ def _promote(rule: Rule, decided: Sequence[Weight], ctx: Context, reach: _Reach)
             ctx.plan.add(replace(decision, reason=reason))
 
 
+def _settle(found: Sequence[Weight], ctx: Context, reach: _Reach) -> None:
+    """Decide anew, without it, for weights in a form that holds several of an operator's where one has another."""
+    barred: dict[str, dict[str, str]] = {}
+    while lost := _alone(found, ctx):
+        for weight, form, why in lost:
+            barred.setdefault(weight.name, {})[form] = why
+        for weight in {w.name: w for w, _, _ in lost}.values():
+            rule = _match(ctx.recipe.rules, weight)[1]
+            ctx.plan.add(_decide(weight, rule, ctx, reach, barred[weight.name]))
+
+
+def _alone(found: Sequence[Weight], ctx: Context) -> list[tuple[Weight, str, str]]:
+    """Weights whose form lacks a partner: (weight, form, why it cannot be)."""
+    chosen = {
+        (use.node, use.index): (weight, form)
+        for weight in found
+        for use, form in zip(weight.uses, ctx.plan.decisions[weight.name].forms, strict=False)
+    }
+    lost = []
+    for (node, index), (weight, form) in chosen.items():
+        use = next(u for u in weight.uses if u.node is node and u.index == index)
+        for other in ctx.target.form(form).partners(use):
+            partner, theirs = chosen.get((node, other), (None, ""))
+            if theirs != form:
+                name = partner.label if partner else str(getattr(node.inputs[other], "name", ""))
+                why = f"needs {name or 'input ' + str(other)} in the same form, which it is not"
+                lost.append((weight, form, why))
+    return lost
+
+
 def _entry(weight: Weight) -> Entry:
     """The weight's line in the ledger, before anything is decided."""
     operators = Counter(u.node.op_type for u in weight.uses)
@@ -188,7 +219,13 @@ def _names(weight: Weight) -> list[str]:
     return [weight.label, weight.name, *(str(u.node.name) for u in weight.uses if u.node.name)]
 
 
-def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> Decision:
+def _decide(
+    weight: Weight,
+    rule: Rule | None,
+    ctx: Context,
+    reach: _Reach,
+    barred: Mapping[str, str] | None = None,
+) -> Decision:
     by = f"rule {rule.id or ctx.recipe.rules.index(rule) + 1}" if rule else "recipe"
     n, k = weight.shape
 
@@ -222,12 +259,13 @@ def _decide(weight: Weight, rule: Rule | None, ctx: Context, reach: _Reach) -> D
         if text == FLOAT:
             if rule.weights[0] == FLOAT or not reasons:
                 return stays("QG314", rule.reason or why or f"rule {rule.id!r} keeps it float")
+            reasons += [why] if why else []
             break
         spec = fit_group(QuantSpec.parse(text), k)
         if dtype == ir.DataType.FLOAT16:
             spec = replace(spec, scale_dtype="float16")
         activation = _activation(rule, why, ctx.target)
-        forms, refused = _forms(weight, spec, activation, dtype, ctx.target, reach)
+        forms, refused = _forms(weight, spec, activation, dtype, ctx.target, reach, barred or {})
         if forms:
             reason = rule.reason or why or f"rule {rule.id!r} of recipe {ctx.recipe.name!r}"
             if reasons:
@@ -275,6 +313,12 @@ def _takes_activation(forms: Sequence[str]) -> bool:
     return any(f.startswith(("dynamic", "static")) for f in forms)
 
 
+def _wanted(activation: QuantSpec | None, kind: str) -> QuantSpec | None:
+    """What a rule's activations mean for a kind of use: tables have none, and no recurrent kernel takes static ones."""
+    is_dynamic = activation is not None and activation.dynamic
+    return activation if kind in _COMPUTING or (kind == "rnn" and is_dynamic) else None
+
+
 def _forms(
     weight: Weight,
     spec: QuantSpec,
@@ -282,6 +326,7 @@ def _forms(
     dtype: ir.DataType,
     target: Target,
     reach: _Reach,
+    barred: Mapping[str, str],
 ) -> tuple[list[str], str]:
     """A form for every use, or why there is none."""
     requests = [
@@ -290,8 +335,9 @@ def _forms(
             weight.dims,
             dtype,
             spec,
-            activation if use.kind in _COMPUTING else None,
+            _wanted(activation, use.kind),
             weight.is_tied,
+            barred,
         )
         for use in weight.uses
     ]

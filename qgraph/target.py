@@ -32,6 +32,7 @@ class Request:
         spec: how the weight is quantized.
         activation: how the operator's input is quantized, None for float.
         tied: the weight is also used in another way (a table that is also the head).
+        barred: forms that cannot be taken for a reason that lies outside of this weight, each with the reason.
     """
 
     use: Use
@@ -40,6 +41,7 @@ class Request:
     spec: QuantSpec
     activation: QuantSpec | None = None
     tied: bool = False
+    barred: Mapping[str, str] = field(default_factory=dict)
 
 
 class Form(ABC):
@@ -62,6 +64,10 @@ class Form(ABC):
     def layout(self, request: Request) -> Hashable:
         """How the codes lie in the file. Uses of one weight share one copy where their forms agree on it."""
         return self.name
+
+    def partners(self, use: Use) -> tuple[int, ...]:
+        """Further inputs of the operator that hold weights and must be in this form too."""
+        return ()
 
     @abstractmethod
     def write(
@@ -156,7 +162,7 @@ class Target:
         """Every form that serves a request, best first, or why none does."""
         accepting, reasons = [], []
         for form in self.forms.get(request.use.kind, ()):
-            reason = form.refuses(request) or _mixed(form, request)
+            reason = request.barred.get(form.name) or form.refuses(request) or _mixed(form, request)
             needed = 0 if reason else form.opset(request)
             if not reason and needed > min(self.max_opset, reachable_opset):
                 limit = (
