@@ -45,7 +45,7 @@ class FuseQdq(Pass):
         writer = Writer(model, ctx.spool)
         changed = False
         for weight, dequantize in _arrived_quantized(model):
-            if not any(str(u.node.outputs[0].name) in written for u in weight.uses):
+            if not any(graph.output_name(u.node) in written for u in weight.uses):
                 changed |= self._lower(writer, weight, dequantize, ctx)
         graph.remove_dead(model)
         return legalize.run(model, ctx) or changed
@@ -71,7 +71,7 @@ class FuseQdq(Pass):
         for use, form in zip(weight.uses, forms, strict=True):
             made = form.write(writer, weight, use, q, None)
             nodes.append(
-                {"form": form.name, "node": made.name or "", "output": str(made.outputs[0].name)}
+                {"form": form.name, "node": made.name or "", "output": graph.output_name(made)}
             )
         ctx.records[weight.name]["nodes"] = nodes
         entry.forms = [n["form"] for n in nodes]

@@ -103,16 +103,17 @@ class InsertQdq(Pass):
         made = form.write(writer, weight, use, ctx.plan.solved[weight.name], decision.activation)
         record = ctx.records.setdefault(weight.name, {})
         record.setdefault("nodes", []).append(
-            {"form": form_name, "node": made.name or "", "output": str(made.outputs[0].name)}
+            {"form": form_name, "node": made.name or "", "output": graph.output_name(made)}
         )
 
 
 def _count_operators(model: ir.Model, ctx: Context) -> None:
     """Remember what every operator with products costs, while the model is still float."""
-    if not ctx.plan.operators or ctx.data is None or ctx.operators:
+    is_integer = any(d.activation is not None for d in ctx.plan.quantized())
+    if not is_integer or ctx.data is None or ctx.operators:
         return
-    readers = {str(u.node.outputs[0].name): w.name for w in weights.find(model) for u in w.uses}
-    nodes = {str(n.outputs[0].name): n for n in model.graph if n.outputs}
+    readers = {graph.output_name(u.node): w.name for w in weights.find(model) for u in w.uses}
+    nodes = {graph.output_name(n): n for n in model.graph}
     for output, count in macs.count(model, next(iter(ctx.data))).items():
         node = nodes[output]
         ctx.operators[output] = Operator(

@@ -360,8 +360,17 @@ def static_shape(v: ir.Value) -> tuple[int, ...] | None:
 
 def where(node: ir.Node) -> str:
     """How messages name a node: "MatMul '/layers.0/q_proj'"."""
-    name = node.name or next((v.name for v in node.outputs if v.name), "")
+    name = node.name or output_name(node)
     return f"{node.op_type} {name!r}"
+
+
+def output_name(node: ir.Node) -> str:
+    """The name of a node's first output that has one; recurrent operators may leave the first one out.
+
+    >>> output_name(ir.Node("", "LSTM", [], outputs=[ir.Value(name=""), ir.Value(name="h")]))
+    'h'
+    """
+    return next((v.name for v in node.outputs if v.name), "")
 
 
 def require_unique_names(model: ir.Model) -> None:

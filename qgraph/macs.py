@@ -32,11 +32,13 @@ def count(model: ir.Model, feeds: Mapping[str, Any]) -> dict[str, int]:
     """
     found = [n for n in model.graph if n.op_type in COUNTED and n.domain == ""]
     shapes = _shapes(model, {v for n in found for v in _needed(n)}, feeds) if found else {}
-    return {str(n.outputs[0].name): _macs(n, shapes) for n in found}
+    return {graph.output_name(n): _macs(n, shapes) for n in found}
 
 
 def _needed(node: ir.Node) -> list[ir.Value]:
-    held = [node.inputs[0], node.inputs[1], node.outputs[0]]
+    held = [node.inputs[0], node.inputs[1]]
+    if node.op_type not in _GATES:
+        held.append(node.outputs[0])
     return [v for v in held if v is not None and v.const_value is None]
 
 
@@ -67,14 +69,15 @@ def _macs(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
             return tuple(int(d) for d in v.const_value.shape.numpy())
         return shapes[str(v.name)]
 
-    x, w, y = (shape(v) for v in (node.inputs[0], node.inputs[1], node.outputs[0]))
+    x, w = shape(node.inputs[0]), shape(node.inputs[1])
+    if node.op_type in _GATES:
+        steps, hidden = _size(x[:-1]), w[1] // _GATES[node.op_type]
+        return steps * w[0] * w[1] * (x[-1] + hidden)
+    y = shape(node.outputs[0])
     if node.op_type == "Conv":
         return _size(y) * _size(w[1:])
     if node.op_type == "ConvTranspose":
         return _size(x) * _size(w[1:])
-    if node.op_type in _GATES:
-        steps, hidden = _size(x[:-1]), w[1] // _GATES[node.op_type]
-        return steps * w[0] * w[1] * (x[-1] + hidden)
     inner = x[0] if graph.attribute(node, "transA", 0) else x[-1]
     return _size(y) * int(inner)
 

@@ -118,7 +118,7 @@ class _Readers:
         self._uses: dict[str, list[str]] = defaultdict(list)
         asked = set(outputs)
         for node in graph.nodes(model):
-            name = (node.outputs[0].name or "") if node.outputs else ""
+            name = graph.output_name(node)
             if name not in asked:
                 continue
             self._nodes[name] = node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -12,6 +13,7 @@ from qgraph.forms.dequantize import Dequantize
 from qgraph.forms.dynamic import DynamicInteger
 from qgraph.forms.gather_block import GatherBlock
 from qgraph.forms.gather_rows import GatherRows
+from qgraph.forms.lstm import DynamicLstm
 from qgraph.forms.matmul_nbits import MatMulNBits
 from qgraph.passes.assign_precision import DYNAMIC
 from qgraph.spec import QuantSpec
@@ -44,6 +46,8 @@ def request(
         matrix = Matrix(tuple(range(len(dims))), len(dims) - 1)
     elif op == "Conv":
         matrix = Matrix(tuple(range(len(dims))))
+    elif op == "LSTM":
+        matrix = Matrix((0, 1, 2), 2)
     else:
         rank = len(dims)
         matrix = Matrix((*range(rank - 2), rank - 1, rank - 2), rank - 1)
@@ -51,6 +55,10 @@ def request(
     use = Use(node, 0 if table else 1, kind, matrix, through, in_body=in_body)
     wanted = DYNAMIC if dynamic else None
     return Request(use, dims, dtype, QuantSpec.parse(spec), wanted, tied)
+
+
+def lstm(dims: tuple[int, ...] = (1, 512, 128), *, dynamic: bool = True, **given: Any) -> Request:
+    return request("LSTM", dims=dims, dynamic=dynamic, **given)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +77,17 @@ def request(
         (DynamicInteger(), request("Gemm", dynamic=True, transA=1), "transA=1"),
         (DynamicInteger(), request("Gemm", dynamic=True, alpha=0.5), "no Gemm alpha"),
         (DynamicInteger(), request("Gemm", dynamic=True, transB=1, beta=2.0), ""),
+        (DynamicLstm(), lstm(dynamic=False), "needs dynamic int8 activations"),
+        (DynamicLstm(), lstm(spec="int4.ch"), "takes 8-bit weights per tensor, or symmetric ones"),
+        (DynamicLstm(), lstm(spec="uint8.ch"), "takes 8-bit weights per tensor, or symmetric ones"),
+        (DynamicLstm(), lstm(spec="int8.g32"), "takes 8-bit weights per tensor, or symmetric ones"),
+        (DynamicLstm(), lstm(dtype=HALF), "float32 activations, not FLOAT16"),
+        (DynamicLstm(), lstm(dtype=DOUBLE), "float32 activations, not DOUBLE"),
+        (DynamicLstm(), lstm(layout=1), "time first"),
+        (DynamicLstm(), lstm(output_sequence=1), "has no attribute output_sequence"),
+        (DynamicLstm(), lstm(dims=(1, 124, 1024)), "hidden size 31"),
+        (DynamicLstm(), lstm(spec="uint8.tensor"), ""),
+        (DynamicLstm(), lstm(), ""),
         (MatMulNBits(), request(dynamic=True), "quantizes activations by itself"),
         (MatMulNBits(), request(dtype=DOUBLE), "takes no DOUBLE"),
         (MatMulNBits(), request(dims=(2, 64, 40)), "takes a 2-D weight"),
