@@ -266,6 +266,10 @@ def _decide(
             spec = replace(spec, scale_dtype="float16")
         activation = _activation(rule, why, ctx.target)
         forms, refused = _forms(weight, spec, activation, dtype, ctx.target, reach, barred or {})
+        if activation is not None and not activation.dynamic and ctx.target.integers is not None:
+            untaken = ctx.target.integers.refuses(activation)
+            if untaken and _takes_activation(forms):
+                forms, refused = [], f"target {ctx.target.name}: {untaken}"
         if forms:
             reason = rule.reason or why or f"rule {rule.id!r} of recipe {ctx.recipe.name!r}"
             if reasons:

@@ -3,7 +3,8 @@
     MatMul(x, DequantizeLinear(codes, scale))   →   MatMulNBits(x, codes', scale')      on target ort
 
 This serves models that arrive with their own Q/DQ; what insert-qdq wrote is in the target's form already. A weight is
-lowered with all its uses or not at all, since its codes would otherwise be stored twice.
+lowered with all its uses or not at all, since its codes would otherwise be stored twice. Where activations arrive
+quantized too, their grids stay and get the form that the target fuses (`qgraph.arrived`).
 
 Static INT8 is checked in the graph that the runtime executes and taken back where it runs in float (`qgraph.legalize`).
 """
@@ -17,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import graph, legalize, weights
+from qgraph import arrived, graph, legalize, macs, qdq, verify, weights
 from qgraph.pipeline import Context, Fact, Keeps, Pass
 from qgraph.registry import register
-from qgraph.report import Entry
+from qgraph.report import Entry, Operator
 from qgraph.spec import QTYPES, QTensor, QuantSpec
 from qgraph.target import Form, Request, Writer
 from qgraph.weights import Matrix, Use, Weight
@@ -43,11 +44,16 @@ class FuseQdq(Pass):
         """Rewrite `model` in place."""
         written = {n["output"] for r in ctx.records.values() for n in r.get("nodes", ())}
         writer = Writer(model, ctx.spool)
-        changed = False
-        for weight, dequantize in _arrived_quantized(model):
-            if not any(graph.output_name(u.node) in written for u in weight.uses):
-                changed |= self._lower(writer, weight, dequantize, ctx)
+        found = [
+            (w, d)
+            for w, d in _arrived_quantized(model)
+            if not any(graph.output_name(u.node) in written for u in w.uses)
+        ]
+        changed = _on_codes(writer, ctx, [w for w, _ in found if _is_on_codes(w)])
+        for weight, dequantize in found:
+            changed |= self._lower(writer, weight, dequantize, ctx)
         graph.remove_dead(model)
+        _count(model, ctx, [w for w, _ in found if _is_on_codes(w)])
         return legalize.run(model, ctx) or changed
 
     def _lower(self, writer: Writer, weight: Weight, dequantize: ir.Node, ctx: Context) -> bool:
@@ -56,7 +62,7 @@ class FuseQdq(Pass):
         refused = ""
         if q is None:
             refused = "its blocks are no blocks of rows"
-        elif any(_has_quantized_input(u.node) for u in weight.uses):
+        elif _is_on_codes(weight):
             refused = "its operator's input is quantized too, and runtimes fuse the three"
         else:
             forms, refused = self._forms(weight, q, ctx, writer)
@@ -66,6 +72,11 @@ class FuseQdq(Pass):
             entry.forms = [_PORTABLE] * len(weight.uses)
             why = refused or "DequantizeLinear is the form of this target"
             entry.reason = f"arrived quantized and stays as it is: {why}"
+            if _is_on_codes(weight):
+                ctx.records[weight.name]["nodes"] = [
+                    {"form": _PORTABLE, "node": n.name or "", "output": graph.output_name(n)}
+                    for n in (u.node for u in weight.uses)
+                ]
             return False
         nodes = []
         for use, form in zip(weight.uses, forms, strict=True):
@@ -91,9 +102,63 @@ class FuseQdq(Pass):
         return ctx.target.support_all(requests, graph.opset(writer.model))
 
 
-def _has_quantized_input(node: ir.Node) -> bool:
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+def _is_on_codes(weight: Weight) -> bool:
+    return any(arrived.is_on_codes(u.node) for u in weight.uses)
+
+
+def _on_codes(writer: Writer, ctx: Context, found: list[Weight]) -> bool:
+    """Bring Q/DQ of activations and biases into the form that the target fuses."""
+    integers = ctx.target.integers
+    if not found or integers is None or not integers.unsigned:
+        return False
+    shifted = arrived.to_unsigned(writer.model)
+    moved = arrived.bound_codes(writer.model, integers)
+    fused = [u.node for w in found for u in w.uses if not arrived.gap(u.node, integers)]
+    biases = _biases(writer, fused)
+    if shifted or moved or biases:
+        text = (
+            f"arrived quantized: every scale stays; {shifted} activations got uint8 codes in place of int8, "
+            f"{moved} Relu apply to codes, {biases} biases are int32"
+        )
+        ctx.report("note", "QG510", f"target {ctx.target.name}", text)
+    return bool(shifted or moved or biases)
+
+
+def _biases(writer: Writer, nodes: list[ir.Node]) -> int:
+    """Float biases of operators on codes → int32 with scale s_x * s_w, where they fit; returns how many."""
+    count = 0
+    for node in nodes:
+        grid = arrived.grid_of(node.inputs[0])
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if grid is None or bias is None or weight is None or not graph.is_constant(bias):
+            continue
+        scales = weight.inputs[1] if weight.op_type == "DequantizeLinear" else None
+        if scales is None or not graph.is_constant(scales):
+            continue
+        sizes, steps = np.abs(graph.array(bias)).reshape(-1), graph.array(scales).reshape(-1)
+        alike = steps.size == 1 or steps.size == sizes.size
+        if alike and (sizes < 2.0**30 * grid.scale * steps).all():
+            qdq.Placed().write_bias(writer, node, grid)
+            count += 1
+    return count
+
+
+def _count(model: ir.Model, ctx: Context, found: list[Weight]) -> None:
+    """Remember what the operators of a model cost that arrived with its own grids, and what they lack."""
+    if not found or ctx.target.integers is None or ctx.operators:
+        return
+    feeds = next(iter(ctx.data)) if ctx.data is not None else verify.sample_feeds(model, 1)[0]
+    readers = {graph.output_name(u.node): (w.name, u.node) for w in found for u in w.uses}
+    nodes = {graph.output_name(n): n for n in model.graph}
+    for output, cost in macs.count(model, feeds).items():
+        node = nodes[output]
+        weight = readers[output][0] if output in readers else ""
+        gap = arrived.gap(node, ctx.target.integers)
+        reason = f"arrived quantized; {gap}" if output in readers and gap else gap
+        ctx.operators[output] = Operator(
+            output, node.op_type, node.name or "", weight, cost, reason=reason
+        )
 
 
 def _arrived_quantized(model: ir.Model) -> list[tuple[Weight, ir.Node]]:

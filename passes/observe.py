@@ -55,6 +55,11 @@ class Observe(Pass):
         """Fill `ctx.stats`."""
         options = self.options_as(Observe.Options)
         names = _wanted(model, ctx)
+        if not names and ctx.data is None:  # all that could have a grid arrived with one
+            ctx.stats = Stats(
+                {}, Choice(options.method, options.percentile, options.clip_sentinels)
+            )
+            return False
         if ctx.data is None:
             raise errors.InputError(
                 errors.Diagnostic(

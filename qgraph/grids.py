@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import activations
+from qgraph import activations, arrived
 from qgraph.activations import Regions
 from qgraph.observers import Grid, NoGrid, Stats, TensorStats, choose
 from qgraph.plan import Decision
@@ -76,7 +76,8 @@ def find(
             spec = _spec(group, regions, candidates)
             if _is_centred(group, regions, integers):
                 spec = _around_zero(spec, roots, regions, stats)
-            found = _choose(roots, spec, stats)
+            held = [g for g in map(arrived.grid_of, roots) if g is not None]
+            found = held[0] if held else _choose(roots, spec, stats)
             if isinstance(found, NoGrid):
                 refused[roots[0]] = found.reason
             else:

@@ -70,6 +70,12 @@ def _say_why(ctx: Context, ran: Mapping[str, Ran], unknown: str = "") -> None:
         decision = ctx.plan.decisions.get(operator.weight)
         if decision is not None and decision.spec is None:
             operator.code, operator.reason = decision.code, decision.reason
+        elif operator.weight in ctx.records and decision is None:  # it arrived quantized
+            runs = f"{ctx.target.name} executes {operator.runs or 'something unknown'} for it"
+            operator.code, operator.reason = (
+                "QG319",
+                "; ".join(filter(None, [operator.reason, unknown or runs])),
+            )
         elif decision is not None:
             held = f"its weight is {decision.spec}, its activations are float"
             operator.reason = (unknown or held) if decision.activation is not None else held

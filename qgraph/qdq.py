@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import graph, numerics, spec
+from qgraph import arrived, graph, numerics, spec
 from qgraph.activations import Regions
 from qgraph.target import Writer
 
@@ -46,9 +46,10 @@ class Placed:
     biases: dict[ir.Node, tuple[str, ir.TensorProtocol] | None] = field(default_factory=dict)
 
     def write(self, writer: Writer, regions: Regions, grids: Mapping[ir.Value, Grid]) -> None:
-        """Insert the pairs around activations."""
+        """Insert the pairs around activations; what comes out of DequantizeLinear has one."""
         for value, grid in grids.items():
-            self._around(writer, regions, value, grid)
+            if arrived.grid_of(value) is None:
+                self._around(writer, regions, value, grid)
 
     def remove(self) -> None:
         """Take all pairs around activations back."""

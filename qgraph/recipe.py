@@ -106,8 +106,8 @@ class Rule(_Strict):
     @classmethod
     def _specs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
-            if text not in (FLOAT, AUTO):
-                QuantSpec.parse(text)
+            if text not in (FLOAT, AUTO) and QuantSpec.parse(text).qtype.bits == 16:
+                raise ValueError(f"16-bit types are for activations, found weights {text!r}")
         return value
 
     @field_validator("sensitive")

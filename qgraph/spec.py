@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class QType:
-    """An integer type: codes qmin..qmax in `bits` bits, stored as the ONNX type `onnx_name`."""
+    """An integer type: codes qmin..qmax in `bits` bits, stored as the ONNX type `onnx_name`.
+
+    With 7 of 8 bits pairs of products fit into the 16-bit sums of CPUs without VNNI. 16 bits are for activations.
+    """
 
     name: str
     bits: int
@@ -49,21 +52,31 @@ class QType:
         return ir.DataType[self.onnx_name]
 
     @property
-    def container(self) -> type[np.int8] | type[np.uint8]:
+    def stored_bits(self) -> int:
+        """Bits of one code in a file."""
+        return int(self.onnx_name.removeprefix("U").removeprefix("INT"))
+
+    @property
+    def container(self) -> type[np.integer[Any]]:
         """The numpy type that holds unpacked codes."""
+        if self.bits == 16:
+            return np.int16 if self.is_signed else np.uint16
         return np.int8 if self.is_signed else np.uint8
 
 
-def _integers() -> dict[str, QType]:
+def _integers(*widths: int) -> dict[str, QType]:
     types = {}
-    for bits in (2, 4, 8):
-        half = 2 ** (bits - 1)
-        types[f"int{bits}"] = QType(f"int{bits}", bits, -half, half - 1, f"INT{bits}")
-        types[f"uint{bits}"] = QType(f"uint{bits}", bits, 0, 2 * half - 1, f"UINT{bits}")
+    for bits in widths:
+        half, stored = 2 ** (bits - 1), 8 if bits == 7 else bits
+        types[f"int{bits}"] = QType(f"int{bits}", bits, -half, half - 1, f"INT{stored}")
+        types[f"uint{bits}"] = QType(f"uint{bits}", bits, 0, 2 * half - 1, f"UINT{stored}")
     return types
 
 
-QTYPES: dict[str, QType] = _integers()
+QTYPES: dict[str, QType] = _integers(2, 4, 7, 8)
+"""The types of weights."""
+WIDE_QTYPES: dict[str, QType] = _integers(16)
+"""Types of activations alone."""
 
 _FORM = re.compile(
     r"(?P<type>[a-z0-9]+)(?:\.(?P<grain>tensor|ch|g(?P<group>\d+)))?(?:\.(?P<sym>sym|asym))?(?:\.(?P<scale>f16|f32))?"
@@ -99,14 +112,15 @@ class QuantSpec:
             errors.RecipeError: QG302 for text of another form or an unknown type.
         """
         match = _FORM.fullmatch(text)
-        if match is None or match["type"] not in QTYPES:
+        known = QTYPES | WIDE_QTYPES
+        if match is None or match["type"] not in known:
             hint = "write TYPE[.tensor|.ch|.gN][.sym|.asym], e.g. int4.g32.sym; " + errors.nearest(
-                text.split(".")[0], QTYPES
+                text.split(".")[0], known
             )
             raise errors.RecipeError(
                 errors.Diagnostic("error", "QG302", repr(text), "is not a quantization spec", hint)
             )
-        qtype = QTYPES[match["type"]]
+        qtype = known[match["type"]]
         group = int(match["group"] or 0)
         if match["group"] is not None and group < 2:
             raise errors.RecipeError(
@@ -152,7 +166,8 @@ class QuantSpec:
     def nbytes(self, n: int, k: int) -> int:
         """Stored size of a [n, k] matrix in bytes: codes, scales and zero points, without padding."""
         scales = int(np.prod(self.scale_shape(n, k)))
-        bits = n * k * self.qtype.bits + (0 if self.symmetric else scales * self.qtype.bits)
+        codes = n * k + (0 if self.symmetric else scales)
+        bits = codes * self.qtype.stored_bits
         return -(-bits // 8) + scales * (2 if self.scale_dtype == "float16" else 4)
 
     def storage(self, *, signed: bool) -> QuantSpec:

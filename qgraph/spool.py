@@ -30,7 +30,7 @@ class Packed(QTensor):
         zero_point = None if q.zero_point is None else spool.keep(q.zero_point)
         kept = {
             "spec": q.spec,
-            "packed": spool.keep_codes(q.codes, q.spec.qtype.bits),
+            "packed": spool.keep_codes(q.codes, q.spec.qtype.stored_bits),
             "scale": spool.keep(q.scale),
             "zero_point": zero_point,
             "error": q.error,
@@ -50,7 +50,7 @@ class Packed(QTensor):
         """The codes [N, K], unpacked anew each time: hold them no longer than needed."""
         n, k = self.shape
         qtype = self.spec.qtype
-        flat = numerics.unpack(self.packed, qtype.bits, n * k, signed=qtype.is_signed)
+        flat = numerics.unpack(self.packed, qtype.stored_bits, n * k, signed=qtype.is_signed)
         return flat.reshape(n, k)
 
     def stored_as(self, *, signed: bool) -> QTensor:

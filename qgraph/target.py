@@ -99,6 +99,7 @@ class Integers:
         moves: operators that pass codes on; input and output share a grid.
         types: specs of activations that the kernels take, the default first.
         centred: operators whose kernels take no zero point but 0.
+        unsigned: kernels of operators without weights take uint8 alone, and none applies a Relu to a signed grid.
     """
 
     weighted: Mapping[str, bool]
@@ -106,6 +107,16 @@ class Integers:
     moves: frozenset[str]
     types: tuple[str, ...]
     centred: frozenset[str] = frozenset()
+    unsigned: bool = False
+
+    def refuses(self, activation: QuantSpec) -> str:
+        """Why no kernel computes on activations of this spec, or ""."""
+        taken = [QuantSpec.parse(text) for text in self.types]
+        if any(
+            t.qtype == activation.qtype and (activation.symmetric or not t.symmetric) for t in taken
+        ):
+            return ""
+        return f"its kernels take activations of {', '.join(self.types)}, not {activation}"
 
 
 @dataclass(frozen=True)

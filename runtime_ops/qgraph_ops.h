@@ -34,7 +34,7 @@ QG_EXPORT const char* qg_isa_problem(void);
 // Quantizes w [rows, cols] in groups of `group` along each row (the last may be short) and writes
 // codes [rows, cols], scales and (asymmetric only) zero_points [rows, ceil(cols / group)], and the
 // sum of importance * (w - quantized)^2 of each row. importance [cols] may be null (all ones).
-// bits is 2, 4 or 8. isa is a number from above, or -1 for the one in use. kernels/rtn_search.h
+// bits is 2, 4, 7 or 8. isa is a number from above, or -1 for the one in use. kernels/rtn_search.h
 // says how.
 QG_EXPORT int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64_t cols,
                                 int64_t group, int32_t bits, int32_t mode, int32_t scale_is_float16,

@@ -98,7 +98,7 @@ class _Result:
             importance=importance,
             scale_dtype=spec.scale_dtype,
             # With 8 bits the 128th negative code buys nothing, and integer kernels of some runtimes want scales > 0.
-            signed_scale=spec.qtype.bits < 8,
+            signed_scale=spec.qtype.stored_bits < 8,
         )
         self._codes[part], self._scale[part], self._error[part] = codes, scale, error
         if zero_point is not None and self._zero_point is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from qgraph.plan import Decision
 from qgraph.recipe import AUTO, FLOAT, STATIC, Rule
 from qgraph.report import Entry
-from qgraph.spec import QTYPES
+from qgraph.spec import WIDE_QTYPES
 from qgraph.target import Target
 
 RULE = "accuracy"
@@ -79,7 +79,7 @@ def above(decision: Decision, entry: Entry, target: Target) -> dict[int, Rung]:
     assert decision.spec is not None
     found = {FLOATS: NOTHING}
     held = _activations(decision)
-    if decision.spec.qtype.bits < 8:
+    if decision.spec.qtype.stored_bits < 8:
         found[BITS] = Rung(("int8.g32", "int8.ch"), held, "8-bit weights")
     if decision.activation is None:
         return found
@@ -97,7 +97,6 @@ def _wide(target: Target) -> str:
     """The target's 16-bit type of static activations, "" where it has none."""
     types = target.integers.types if target.integers is not None else ()
     for text in types:
-        qtype = QTYPES.get(text.split(".")[0])
-        if qtype is not None and qtype.bits == 16:
+        if text.split(".")[0] in WIDE_QTYPES:
             return text
     return ""

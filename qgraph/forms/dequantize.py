@@ -45,7 +45,7 @@ class Dequantize(Form):
         needs = [10]
         if axis is not None:
             needs.append(21 if block else 13)
-        needs.append({8: 10, 4: 21, 2: 25}[request.spec.qtype.bits])
+        needs.append({8: 10, 4: 21, 2: 25}[request.spec.qtype.stored_bits])
         if request.dtype == ir.DataType.FLOAT16:
             needs.append(19)
         return max(needs)

@@ -35,7 +35,7 @@ class DynamicInteger(Form):
         activation = request.activation
         if activation is None or not activation.dynamic or activation.qtype.bits != 8:
             return "needs dynamic int8 activations"
-        if spec.qtype.bits != 8 or not spec.symmetric or spec.group:
+        if spec.qtype.stored_bits != 8 or not spec.symmetric or spec.group:
             return f"takes symmetric 8-bit weights per tensor or channel, not {spec}"
         if len(request.dims) != 2:
             return f"takes a 2-D weight, this one is {len(request.dims)}-D"

@@ -37,7 +37,7 @@ class GatherRows(Form):
     def refuses(self, request: Request) -> str:
         """8 bits, symmetric, one scale per row or tensor, not tied to a MatMul in another layout."""
         spec = request.spec
-        if spec.qtype.bits != 8:
+        if spec.qtype.stored_bits != 8:
             return f"gathers 8-bit codes only; runtimes have no Gather of {spec.qtype.name}"
         if spec.group or not spec.symmetric:
             return f"wants one symmetric scale per row, not {spec}"

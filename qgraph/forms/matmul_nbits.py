@@ -43,6 +43,8 @@ class MatMulNBits(Form):
             return f"takes no {request.dtype.name}"
         if len(request.dims) != 2:
             return f"takes a 2-D weight, this one is {len(request.dims)}-D"
+        if spec.qtype.bits == 7:
+            return "takes 2, 4 or 8 bits, not 7"
         if spec.is_per_tensor:
             return "has no per-tensor scale; use .ch or a group"
         if spec.group and spec.group not in BLOCKS:

@@ -11,11 +11,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from qgraph import graph, weights
+from qgraph import graph, numerics, weights
 from qgraph.forms.dequantize import Dequantize
-from qgraph.target import Request
+from qgraph.spec import QTensor, QuantSpec
+from qgraph.target import Request, Writer
+from qgraph.weights import Use, Weight
 
 
 class StaticInteger(Dequantize):
@@ -25,13 +28,23 @@ class StaticInteger(Dequantize):
     summary: ClassVar[str] = "Q/DQ around activations and weight: integer kernels (ONNX standard)"
     with_zero_point: ClassVar[bool] = True  # ONNX Runtime fuses no Gemm without it
 
+    def __init__(self, *, unsigned: bool = True) -> None:
+        """`unsigned`: the runtime computes on uint8 weights too."""
+        self.unsigned = unsigned
+
     def refuses(self, request: Request) -> str:
-        """Static 8- or 16-bit activations, symmetric 8-bit weights per tensor or output channel."""
+        """Static activations, 7- or 8-bit weights per tensor or output channel with one zero point for all."""
         spec, use, activation = request.spec, request.use, request.activation
         if activation is None or activation.dynamic:
             return "needs static activations"
-        if spec.qtype.onnx_name not in ("INT8", "UINT8") or not spec.symmetric or spec.group:
-            return f"takes symmetric 8-bit weights per tensor or channel, not {spec}"
+        if spec.qtype.stored_bits != 8 or spec.group:
+            return f"takes 8-bit weights per tensor or channel, not {spec}"
+        if not spec.symmetric and (spec.qtype.is_signed or not spec.is_per_tensor):
+            return (
+                f"takes symmetric weights, or uint8 with one zero point for all of them, not {spec}"
+            )
+        if not spec.qtype.is_signed and not self.unsigned:
+            return f"takes signed weights, not {spec}: the runtime expands unsigned ones to float"
         if request.dtype != ir.DataType.FLOAT:
             return f"takes float32 activations, not {request.dtype.name}"
         if use.kind == "gemm" and graph.attribute(use.node, "transA", 0):
@@ -47,6 +60,16 @@ class StaticInteger(Dequantize):
         assert request.activation is not None
         wide = request.activation.qtype.bits == 16
         return max(21 if wide else 10, super().opset(replace(request, activation=None)))
+
+    def write(
+        self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
+    ) -> ir.Node:
+        """As DequantizeLinear; unsigned codes stay unsigned, with their middle as zero point."""
+        if not q.spec.qtype.is_signed and q.zero_point is None:
+            middle = np.full(q.scale.shape, numerics.midpoint(q.spec), q.spec.qtype.container)
+            spec = replace(q.spec, symmetric=False)
+            q = QTensor(spec, q.codes, q.scale, middle, q.error)
+        return super().write(writer, weight, use, q, activation)
 
 
 def _bias_problem(request: Request) -> str:

@@ -53,7 +53,7 @@ OPENVINO = register(
         summary="OpenVINO >= 2025 on CPU",
         forms={
             **{
-                kind: (WholeBlocks(), StaticInteger())
+                kind: (WholeBlocks(), StaticInteger(unsigned=False))
                 for kind in ("matmul", "gemm", "conv", "conv_transpose")
             },
             **{kind: (WholeBlocks(),) for kind in ("gather", "slice", "rnn")},

@@ -57,6 +57,7 @@ INTEGERS = Integers(
     joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}),
     moves=MOVES,
     types=("uint8.tensor.asym", "int8.tensor.asym"),
+    unsigned=True,
 )
 
 ORT = register(
