@@ -7,8 +7,10 @@ every use of the weight is taken. What stays float gets a coded reason, and so d
 from __future__ import annotations
 
 import fnmatch
+import functools
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -45,7 +47,7 @@ class AssignPrecision(Pass):
         reach = _Reach(model, ctx.target.max_opset)
         without_grids = _static(model, found, ctx, reach)
         for weight in found:
-            index, rule = _match(ctx.recipe.rules, weight)
+            index, rule = match(ctx.recipe.rules, weight)
             decision = _decide(weight, rule, ctx, reach)
             if weight.name in without_grids:
                 decision = Decision(
@@ -69,7 +71,7 @@ def _static(
     held: dict[str, Weight] = {}
     specs: dict[str, QuantSpec] = {}
     for weight in found:
-        decision = _decide(weight, _match(ctx.recipe.rules, weight)[1], ctx, reach)
+        decision = _decide(weight, match(ctx.recipe.rules, weight)[1], ctx, reach)
         if decision.activation is not None and not decision.activation.dynamic:
             held[weight.name], specs[weight.name] = weight, decision.activation
     if not held or ctx.target.integers is None:
@@ -102,6 +104,12 @@ def _static(
     return gone
 
 
+@functools.cache
+def _glob(pattern: str) -> Callable[[str], object]:
+    """Whether a name matches a pattern; fnmatch forgets compiled patterns where there are many."""
+    return re.compile(fnmatch.translate(pattern)).match
+
+
 class _Reach:
     """The opset that the model can be raised to, found out only if somebody asks for more than it has."""
 
@@ -130,14 +138,13 @@ class _Reach:
         return self._known[version]
 
 
-def _match(rules: Sequence[Rule], weight: Weight) -> tuple[int, Rule | None]:
+def match(rules: Sequence[Rule], weight: Weight) -> tuple[int, Rule | None]:
+    """The first rule that matches a weight, and its number; -1 and None where none does."""
     for index, rule in enumerate(rules):
         ops = {u.node.op_type for u in weight.uses}
         if rule.ops and not ops & set(rule.ops):
             continue
-        if rule.names and not any(
-            fnmatch.fnmatchcase(n, g) for n in _names(weight) for g in rule.names
-        ):
+        if rule.names and not any(_glob(g)(n) for n in names_of(weight) for g in rule.names):
             continue
         if weight.shape[0] * weight.shape[1] < rule.min_elements or (
             rule.tied and not weight.is_tied
@@ -215,7 +222,8 @@ def _entry(weight: Weight) -> Entry:
     )
 
 
-def _names(weight: Weight) -> list[str]:
+def names_of(weight: Weight) -> list[str]:
+    """The names that globs of rules may mean."""
     return [weight.label, weight.name, *(str(u.node.name) for u in weight.uses if u.node.name)]
 
 
@@ -265,6 +273,8 @@ def _decide(
         if dtype == ir.DataType.FLOAT16:
             spec = replace(spec, scale_dtype="float16")
         activation = _activation(rule, why, ctx.target)
+        if rule.is_static and any(u.kind not in _COMPUTING for u in weight.uses):
+            activation = None  # a table has no activations, and its head shares its codes
         forms, refused = _forms(weight, spec, activation, dtype, ctx.target, reach, barred or {})
         if activation is not None and not activation.dynamic and ctx.target.integers is not None:
             untaken = ctx.target.integers.refuses(activation)
@@ -361,11 +371,11 @@ def fit_group(spec: QuantSpec, k: int) -> QuantSpec:
 
 def _check_names(rules: Sequence[Rule], found: Sequence[Weight]) -> None:
     """A glob that a person wrote and that matches nothing is an error (law 4)."""
-    known = [name for w in found for name in _names(w)]
+    known = [name for w in found for name in names_of(w)]
     problems = []
     for index, rule in enumerate(rules):
         for pattern in rule.names:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+            if not any(_glob(pattern)(name) for name in known):
                 where = f"rules[{index}].names = {pattern!r}"
                 problems.append(
                     errors.Diagnostic(

@@ -6,7 +6,8 @@ import contextlib
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qgraph import accuracy, errors, files, ledger, registry
+from qgraph import accuracy, auto, errors, files, ledger, registry
 from qgraph import recipe as recipes
 from qgraph import verify as verifier
 from qgraph.data import Dataset, inputs_of, load
@@ -119,6 +120,9 @@ def optimize(
         )
     chosen, goal = _resolve(recipe, overrides, target)
     destination = files.check_output(output, force=force) if output is not None else None
+    is_measured = data is not None and auto.is_measured(chosen)
+    if is_measured:
+        chosen = auto.calibrated(chosen)
     pipeline = Pipeline(chosen.pipeline, {k: dict(v) for k, v in chosen.options.items()})
     predictions = (logits,) if isinstance(logits, str) else tuple(logits)
     floors = Floors(data, min_sqnr, max_kl, min_agreement, predictions)
@@ -126,33 +130,46 @@ def optimize(
     work = files.load(model)
     _refuse_broken(work)
     files.check_apart(destination, model, work)
-    if floors.is_set and not isinstance(data, Dataset):
+    if data is not None and not isinstance(data, Dataset):
         data = load(data, inputs_of(model))
         floors = replace(floors, data=data)
     report = _new_report(model, work, chosen, goal, destination)
     spool = Spool(destination.parent if destination else None)
-    ctx = Context(goal, chosen, data=data, spool=spool, threads=threads)
+    first = auto.observing(chosen) if is_measured else chosen
+    ctx = Context(goal, first, data=data, spool=spool, threads=threads)
     ctx.progress, ctx.inspect = progress or ctx.progress, inspect
-    timer, checker, checkpoint = Timer(), EquivalenceChecker(), accuracy.Checkpoint()
+    timer, checker = Timer(), EquivalenceChecker()
+    checkpoint = accuracy.Checkpoint(stops=is_measured)
     watchers: list[Instrument] = [timer]
     if verify != "off":
         watchers.append(Verifier(every=verify == "each"))
     if verify == "each":
         watchers.append(checker)
     watchers.extend(instruments)
-    can_return = floors.is_set and max_time > 0
-    pipeline.run(work, ctx, [*watchers, *([checkpoint] if can_return else [])])
+    is_kept = is_measured or (floors.is_set and max_time > 0)
+    pipeline.run(work, ctx, [*watchers, *([checkpoint] if is_kept else [])])
+    trials = accuracy.Trials(pipeline, *checkpoint.kept) if checkpoint.kept else None
+    told: dict[str, str] = {}
+    if is_measured and trials is not None:
+        started = time.monotonic()
+        choice = auto.choose(
+            trials, model, chosen, data,
+            is_accuracy_held=floors.is_set, max_seconds=max_time, progress=ctx.progress,
+        )  # fmt: skip
+        report.choice, told, chosen = choice.figures, choice.told, choice.recipe
+        report.seconds["choosing by measurement"] = time.monotonic() - started
+        work, ctx = trials.run(chosen, spool, inspect=inspect, instruments=watchers)
     # Saved under a temporary name, looked at, held to the floors: only then does the output appear.
     with _staging(destination) as folder:
-        stage = _Stage(model, goal, report, timer, checker, external_data, destination)
+        stage = _Stage(model, goal, report, timer, checker, external_data, destination, told)
         staged = stage(work, ctx, folder)
         if floors.is_set:
             found = floors.measure(model, staged)
             report.metrics.update(found.to_json())
             problems = floors.problems(found.outputs)
             is_whole = pipeline.passes[-1].name in timer.seconds
-            if problems and is_whole and checkpoint.kept and floors.can_be_met(problems):
-                trials = accuracy.Trials(pipeline, *checkpoint.kept)
+            can_climb = is_whole and max_time > 0 and floors.can_be_met(problems)
+            if problems and can_climb and trials is not None:
                 search = accuracy.Search(trials, floors, model, chosen, max_time, ctx.progress)
                 outcome = search.run(found, ctx)
                 report.control = outcome.to_json()
@@ -167,6 +184,8 @@ def optimize(
                 problems = floors.problems(found.outputs)
             if problems:
                 raise FloorMissed(report, problems)
+        if data is not None and inspect and goal.timed:
+            _time(report, model, staged, data)
         result = Result(work, report, report.metrics)
         if destination is not None:
             result.path = files.publish(staged, destination, force=force)
@@ -185,6 +204,7 @@ class _Stage:
     checker: EquivalenceChecker
     external_data: bool | None
     destination: Path | None
+    told: Mapping[str, str]
 
     def __call__(self, work: ir.Model, ctx: Context, folder: Path) -> Path:
         report, goal = self.report, self.goal
@@ -193,6 +213,9 @@ class _Stage:
         report.checks = list(dict.fromkeys(self.checker.lines))
         report.diagnostics = ctx.diagnostics
         report.ledger, report.activations = ledger.entries(ctx), ledger.activations(ctx)
+        for entry in report.ledger:
+            if entry.weight in self.told and entry.by != f"rule {accuracy.RULE}":
+                entry.reason += f" ({self.told[entry.weight]})"
         report.resolved_recipe = ctx.recipe.model_dump(mode="json")
         _stamp(work, ctx.recipe)
         staged = files.save(
@@ -206,6 +229,28 @@ class _Stage:
             ledger.ask_runtime(report, ctx, goal, staged, self.source)
         ledger.say_what_was_missed(report, goal)
         return staged
+
+
+def _time(report: Report, model: files.Source, staged: Path, dataset: Dataset) -> None:
+    """Say how fast the result is against the float model."""
+    if report.float_bytes > auto.TIMED_UNDER:
+        text = f"latency was not measured: the model has {report.float_bytes >> 20} MB of weights"
+        report.notes.append(text)
+        return
+    try:
+        speed = auto.measure(model, staged, dataset)
+    except errors.RuntimeFailure as e:
+        found = e.diagnostics[0]
+        text = f"latency could not be measured: {found.message}"
+        report.diagnostics.append(
+            errors.Diagnostic("warning", found.code, found.where, text, found.hint)
+        )
+        return
+    report.latency = speed.to_json()
+    report.checks.append(f"timed by turns in ONNX Runtime: {speed}")
+    slow = speed.finding()
+    if slow is not None and report.quantized:
+        report.diagnostics.append(slow)
 
 
 def _resolve(

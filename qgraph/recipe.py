@@ -205,7 +205,7 @@ PRESETS: dict[str, Recipe] = {
     for r in (
         Recipe(
             name="auto",
-            summary="what is best on the target without calibration data; never at the cost of a broken model",
+            summary="the best that needs no data; with --data what measured best here, for each class of operators",
             rules=(
                 _rule("embedding", AUTO),
                 _rule("linear", AUTO),

@@ -130,6 +130,10 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     control: dict[str, Any] = field(default_factory=dict)
     """What accuracy control gave back and measured, where a floor was missed at first."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """What recipe `auto` measured, where it had data."""
+    latency: dict[str, Any] = field(default_factory=dict)
+    """Time against the float model (`qgraph.auto.Speed`), where there was data and the target can be timed."""
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     resolved_recipe: dict[str, Any] = field(default_factory=dict)

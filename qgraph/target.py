@@ -135,6 +135,7 @@ class Target:
             the target is not one runtime.
         notes: sentences for the report that hold for every model on this target.
         integers: which operators compute on codes; None where static activations bring nothing.
+        timed: ONNX Runtime runs its files as they are served, so latency can be measured with it.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Target:
     inspect: Callable[[str, Sequence[str]], Mapping[str, Any]] | None = None
     notes: Sequence[str] = ()
     integers: Integers | None = None
+    timed: bool = False
 
     def support(self, request: Request, reachable_opset: int) -> Support:
         """The best form for a request that needs no higher opset than `reachable_opset`, or why there is none."""

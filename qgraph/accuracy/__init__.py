@@ -9,7 +9,8 @@ The result is a recipe with rules in front that pin what was given back, so it c
 
 from __future__ import annotations
 
+from qgraph.accuracy.rungs import RULE
 from qgraph.accuracy.search import Outcome, Search, problem
 from qgraph.accuracy.trials import Checkpoint, Trials
 
-__all__ = ["Checkpoint", "Outcome", "Search", "Trials", "problem"]
+__all__ = ["RULE", "Checkpoint", "Outcome", "Search", "Trials", "problem"]

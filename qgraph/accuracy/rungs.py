@@ -66,7 +66,9 @@ def of(decision: Decision) -> Rung:
 def _activations(decision: Decision) -> str:
     if decision.activation is None:
         return FLOAT
-    return "int8" if decision.activation.dynamic else f"{STATIC}:{decision.activation}"
+    if decision.activation.dynamic:
+        return f"int{decision.activation.qtype.bits}"
+    return f"{STATIC}:{decision.activation}"
 
 
 def above(decision: Decision, entry: Entry, target: Target) -> dict[int, Rung]:
@@ -80,7 +82,8 @@ def above(decision: Decision, entry: Entry, target: Target) -> dict[int, Rung]:
     found = {FLOATS: NOTHING}
     held = _activations(decision)
     if decision.spec.qtype.stored_bits < 8:
-        found[BITS] = Rung(("int8.g32", "int8.ch"), held, "8-bit weights")
+        is_narrow = decision.activation is not None and decision.activation.qtype.bits < 8
+        found[BITS] = Rung(("int8.g32", "int8.ch"), FLOAT if is_narrow else held, "8-bit weights")
     if decision.activation is None:
         return found
     wide = _wide(target)

@@ -123,6 +123,8 @@ class Search:
         max_seconds: when to stop.
         progress: called with what is being done and the share done.
         clock: seconds; only to stop in time.
+        to_float: whether weights may go back to float.
+        purpose: what it is for, as reasons say; the floors where it is left out.
     """
 
     def __init__(
@@ -134,9 +136,13 @@ class Search:
         max_seconds: float,
         progress: Callable[[str, float], None] = lambda what, share: None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        to_float: bool = True,
+        purpose: str = "",
     ) -> None:
         self._trials, self._floors, self._model, self._recipe = trials, floors, model, recipe
         self._progress, self._clock = progress, clock
+        self._to_float, self._purpose = to_float, purpose or str(floors)
         self._started = clock()
         self._ends = self._started + max_seconds
         self._measurements = {"alone": 0, "whole": 0}
@@ -151,6 +157,9 @@ class Search:
         """
         self._best = missed
         self._units = units(ctx, self._trials.context.target)
+        if not self._to_float:
+            for unit in self._units:
+                unit.ladder = {s: r for s, r in unit.ladder.items() if r is not rungs.NOTHING}
         self._trials = replace(self._trials, operators=ctx.operators)
         samples = evenly(self._floors.data, FEW)
         self._reference = Reference(self._model, samples, self._floors.logits)
@@ -246,7 +255,7 @@ class Search:
         if not final:
             return rung.rule(unit.weight, unit.solver, "")
         alone = unit.measured or "its share was not measured, the time was over"
-        reason = f"given back {rung.name} for {self._floors}: {alone}"
+        reason = f"given back {rung.name}, for {self._purpose}: {alone}"
         return rung.rule(unit.weight, unit.solver, reason)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph import files, graph
-from qgraph.pipeline import Context, Instrument, Pass, Pipeline
+from qgraph.pipeline import Context, Instrument, Pass, Pipeline, StopPipeline
 from qgraph.plan import QuantPlan
 from qgraph.recipe import Recipe
 from qgraph.report import Operator
@@ -26,15 +26,21 @@ class Checkpoint(Instrument):
     """Keeps the model and its context as they were before the pass that decides.
 
     The copy shares its tensors with the model, so it costs no memory to speak of.
+
+    Args:
+        stops: the run ends there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stops: bool = False) -> None:
         self.kept: tuple[ir.Model, Context] | None = None
+        self._stops = stops
 
     def before(self, each: Pass, model: ir.Model, ctx: Context) -> None:
         """Keep them, the first time."""
         if each.name == DECIDES and self.kept is None:
             self.kept = graph.clone(model), branch(ctx)
+            if self._stops:
+                raise StopPipeline
 
 
 def branch(ctx: Context) -> Context:

@@ -255,9 +255,11 @@ def instruments(
 
 
 def _warn_of_unused_data(recipe: Recipe) -> None:
-    from qgraph import registry
+    from qgraph import auto, registry
     from qgraph.pipeline import Fact
 
+    if auto.is_measured(recipe):
+        return
     kinds = [registry.get("pass", each) for each in recipe.pipeline]
     solvers = [registry.get("solver", rule.solver) for rule in recipe.rules]
     if any(Fact.STATS in each.gives for each in kinds) or any(
@@ -265,7 +267,8 @@ def _warn_of_unused_data(recipe: Recipe) -> None:
     ):
         return
     message = (
-        f"is not used: recipe {recipe.name!r} does not calibrate, and there is no floor to hold"
+        f"is used for timing alone: recipe {recipe.name!r} does not calibrate, "
+        "and there is no floor to hold"
     )
     hint = "give --min-sqnr, --max-kl or --min-agreement, or see: qgraph recipes"
     terminal.diagnostics([errors.Diagnostic("warning", "QG132", "--data", message, hint)])

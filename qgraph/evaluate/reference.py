@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qgraph import files
 from qgraph.data import Array, Feeds
@@ -34,7 +35,10 @@ class Reference:
 
     def against(self, model: files.Source) -> tuple[OutputError, ...]:
         """What the outputs of another model lose, output by output; without intervals."""
-        session = sessions.open_session(model)
+        return self.judge(sessions.open_session(model))
+
+    def judge(self, session: Any) -> tuple[OutputError, ...]:
+        """The same for a model that is open already."""
         meters = [OutputMeter(n, n in self.predictions) for n in self.names]
         for feeds, kept in zip(self.samples, self._outputs, strict=True):
             got = session.run(self.names, feeds)

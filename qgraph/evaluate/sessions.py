@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ LOGIT_NAMES = ("logits", "prob", "scores")
 FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)")
 
 
-def open_session(model: files.Source, *, threads: int = 1) -> Any:
+def open_session(
+    model: files.Source, *, threads: int = 1, profile: str | os.PathLike[str] | None = None
+) -> Any:
     """An ONNX Runtime session on the CPU, with qgraph's operators where they are installed."""
     if isinstance(model, str) and model.startswith("zoo:"):
         model = files.load(model)
-    return runtime.session(model, threads=threads)
+    return runtime.session(model, threads=threads, profile=profile)
 
 
 def logit_outputs(session: Any, wanted: Sequence[str]) -> list[str]:

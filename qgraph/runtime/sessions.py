@@ -49,6 +49,7 @@ def session(
     optimized_model_path: str | os.PathLike[str] | None = None,
     config: Mapping[str, str] | None = None,
     in_file_order: bool = False,
+    profile: str | os.PathLike[str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session, with the operator libraries that the model needs.
 
@@ -64,6 +65,7 @@ def session(
         optimized_model_path: where ONNX Runtime writes the graph that it executes.
         config: further session configuration entries, e.g. {"session.disable_quant_qdq": "1"}.
         in_file_order: run nodes in the order of the file, as far as their inputs allow.
+        profile: how the names of profile files begin, which `end_profiling` of the session writes; None for none.
 
     Raises:
         errors.RuntimeFailure: QG601 where ONNX Runtime refuses the model, QG603 to QG605 for the native
@@ -87,6 +89,9 @@ def session(
         options.optimized_model_filepath = os.fspath(optimized_model_path)
     if in_file_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(profile)
     entries = dict(config or {})
     if accuracy_level is not None:
         entries["session.qdq_matmulnbits_accuracy_level"] = str(accuracy_level)

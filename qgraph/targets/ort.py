@@ -89,6 +89,7 @@ ORT = register(
             "rnn": (("int8.ch", "int8", _LSTM), ("float", "float", _RECURRENT)),
         },
         inspect=inspect,
+        timed=True,
         integers=INTEGERS,
         notes=(
             "MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",

@@ -29,6 +29,7 @@ ORT_QGRAPH = register(
         max_opset=ORT.max_opset,
         auto=ORT.auto,
         inspect=inspect,
+        timed=True,
         integers=ORT.integers,
         notes=(
             "ai.qgraph operators round activations to int8: MatMulInt4 group by group, MatMulTernary row by row.",

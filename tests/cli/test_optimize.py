@@ -19,6 +19,8 @@ REPORT_KEYS = {
     "checks",
     "metrics",
     "control",
+    "choice",
+    "latency",
     "seconds",
     "versions",
     "resolved_recipe",
@@ -144,9 +146,20 @@ def test_a_floor_that_is_missed_gives_bits_back(run, cnn, images):
 
 
 def test_data_that_nothing_uses_is_no_secret(run, cnn, images):
-    done = run("optimize", cnn, "-o", cnn.with_name("q.onnx"), "--data", images)
+    args = ("-r", "int8-weights", "--data", images)
+    done = run("optimize", cnn, "-o", cnn.with_name("q.onnx"), *args)
     assert done.code == 0
-    assert "warning QG132 --data: is not used" in done.err
+    assert "warning QG132 --data: is used for timing alone" in done.err
+
+
+def test_auto_measures_where_it_has_data(run, cnn, images):
+    done = run("optimize", cnn, "-o", cnn.with_name("q.onnx"), "--data", images)
+    assert done.code == 0, done.err
+    assert "QG132" not in done.err
+    assert "timed by turns in ONNX Runtime" in done.out
+    done = run("optimize", cnn, "-o", cnn.with_name("r.onnx"), "--data", images, "--json")
+    assert {c["kind"] for c in done.json["choice"]["classes"]} == {"conv", "linear"}
+    assert done.json["latency"]["clock"] in ("processor", "wall")
 
 
 @pytest.mark.parametrize("mode", ["each", "ends", "off"])
