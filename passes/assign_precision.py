@@ -191,7 +191,7 @@ def _settle(found: Sequence[Weight], ctx: Context, reach: _Reach) -> None:
         for weight, form, why in lost:
             barred.setdefault(weight.name, {})[form] = why
         for weight in {w.name: w for w, _, _ in lost}.values():
-            rule = _match(ctx.recipe.rules, weight)[1]
+            rule = match(ctx.recipe.rules, weight)[1]
             ctx.plan.add(_decide(weight, rule, ctx, reach, barred[weight.name]))
 
 

@@ -83,10 +83,9 @@ class Class:
 
 
 def is_measured(recipe: Recipe) -> bool:
-    """Whether a recipe leaves something to measurements: it is `auto`, or extends it."""
-    return any(rule in PRESETS["auto"].rules for rule in recipe.rules) and "observe" not in (
-        recipe.pipeline
-    )
+    """Whether a recipe leaves products or convolutions to measurements: it is `auto`, or extends it."""
+    own = [rule for rule in PRESETS["auto"].rules if rule.id in ("linear", "conv")]
+    return any(rule in own for rule in recipe.rules) and "observe" not in recipe.pipeline
 
 
 def calibrated(recipe: Recipe) -> Recipe:
