@@ -256,6 +256,20 @@ PRESETS: dict[str, Recipe] = {
             min_elements=1,
         ),
         Recipe(
+            name="int8-smooth",
+            summary="as int8-static, with outliers of activations moved into the weights first: for transformers",
+            pipeline=("canonicalize", "smooth", *STATIC_PIPELINE[1:]),
+            options={"canonicalize": {"to_gemm": True}},
+            rules=(
+                _TIED,
+                _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
+                _rule("linear", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
+                _rule("conv", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
+                _rule("rnn", "int8.ch", FLOAT, min_elements=1024),
+            ),
+            min_elements=1,
+        ),
+        Recipe(
             name="int8-weights",
             summary="int8 weights, float activations: a quarter of the size, nearly no error",
             rules=(*_TABLES, _rule("linear", "int8.g32", "int8.ch", FLOAT), *_REST),
