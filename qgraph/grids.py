@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph import activations, arrived
 from qgraph.activations import Regions
-from qgraph.observers import Grid, NoGrid, Stats, TensorStats, choose
+from qgraph.observers import Choice, Grid, NoGrid, Stats, TensorStats, choose
 from qgraph.plan import Decision
 from qgraph.spec import QTYPES, QuantSpec
 from qgraph.target import Integers
@@ -77,11 +77,15 @@ def find(
             if _is_centred(group, regions, integers):
                 spec = _around_zero(spec, roots, regions, stats)
             held = [g for g in map(arrived.grid_of, roots) if g is not None]
-            found = held[0] if held else _choose(roots, spec, stats)
+            found = (
+                _bounded(held[0], roots, regions)
+                if held
+                else of_group(group, regions, spec, stats, stats.choice)
+            )
             if isinstance(found, NoGrid):
                 refused[roots[0]] = found.reason
             else:
-                grids.update(dict.fromkeys(group, _bounded(found, roots, regions)))
+                grids.update(dict.fromkeys(group, found))
         if not refused:
             return Gridded(regions, grids)
         blocked.update(refused)
@@ -117,16 +121,26 @@ def _around_zero(
     return replace(spec, qtype=QTYPES[f"int{spec.qtype.bits}"], symmetric=True)
 
 
-def _choose(roots: list[ir.Value], spec: QuantSpec, stats: Stats) -> Grid | NoGrid:
+def of_group(
+    group: Sequence[ir.Value],
+    regions: Regions,
+    spec: QuantSpec,
+    stats: Mapping[str, TensorStats],
+    choice: Choice,
+) -> Grid | NoGrid:
+    """The grid of values that share one, as `choice` takes it from what was seen of them; or why they have none."""
+    roots = regions.roots(group)
     held = [stats.get(str(v.name)) for v in roots]
     if len(roots) == 1 and held[0] is not None:
-        return choose(held[0], spec, stats.choice)
-    merged = TensorStats()
-    for v, each in zip(roots, held, strict=True):
-        if each is None:
-            return NoGrid(f"calibration did not see {v.name!r}")
-        merged.merge(each)
-    return choose(merged, spec, stats.choice)
+        found = choose(held[0], spec, choice)
+    else:
+        merged = TensorStats()
+        for v, each in zip(roots, held, strict=True):
+            if each is None:
+                return NoGrid(f"calibration did not see {v.name!r}")
+            merged.merge(each)
+        found = choose(merged, spec, choice)
+    return found if isinstance(found, NoGrid) else _bounded(found, roots, regions)
 
 
 def _bounded(grid: Grid, roots: list[ir.Value], regions: Regions) -> Grid:

@@ -43,6 +43,7 @@ STATIC_PIPELINE = (
     "canonicalize",
     "observe",
     "assign-precision",
+    "search-ranges",
     "solve-weights",
     "correct-bias",
     "insert-qdq",

@@ -6,8 +6,9 @@
     percentile       all but the outermost share. Wu et al. 2020 (arXiv:2004.09602, 3.2)
     entropy          least KL divergence between values and clipped values. Migacz, 8-bit inference with
                      TensorRT, GTC 2017
-    mse              least squared error, rounding and clipping together. Choukroun et al. 2019 (arXiv:1902.06822);
-                     the default: it is the error that the next layer sees
+    mse              least squared error, rounding and clipping together, clipping four times as heavy. Choukroun et
+                     al. 2019 (arXiv:1902.06822) without that weight; the default: it is the error that the next
+                     layer sees
 
 A range always holds 0, so that padding and ReLU stay exact.
 """

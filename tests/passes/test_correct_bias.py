@@ -128,7 +128,7 @@ def test_an_operator_without_a_bias_gets_one(parse, opset):
         assert graph.array(node.inputs[2].producer().inputs[0]).any()
     want, got = outputs(model, data), outputs(result.to_proto(), data)
     assert qgraph.numerics.sqnr_db(want, got) > 30
-    assert [e for e in result.report.diagnostics if e.code == "QG405"]
+    assert [e for e in result.report.diagnostics if e.code == "QG406"]
 
 
 def test_a_recipe_may_leave_it_out():
