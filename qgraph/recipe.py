@@ -233,7 +233,8 @@ PRESETS: dict[str, Recipe] = {
             name="int8-static",
             summary="int8 weights, activations on grids calibrated with --data: integer kernels for Conv, Gemm, MatMul",
             pipeline=STATIC_PIPELINE,
-            options={"canonicalize": {"to_gemm": True}},
+            # A weight that callers may override has no grid; exporters list all weights as inputs for no reason.
+            options={"canonicalize": {"to_gemm": True, "freeze_inputs": True}},
             rules=(
                 _TIED,
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),

@@ -46,7 +46,12 @@ class Canonicalize(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrite `model` in place."""
         options = self.options_as(self.Options)
-        changed = _unlist_initializers(model, always=options.freeze_inputs)
+        needed = model.ir_version < 4
+        listed = _unlist_initializers(model) if needed or options.freeze_inputs else 0
+        if listed and not needed:
+            message = f"{listed} graph inputs with defaults are constants now: callers can no longer override them"
+            ctx.report("note", "QG215", self.name, message)
+        changed = needed or listed > 0
         changed |= _inline(model)
         changed |= constants.lift(model)
         changed |= einsum.to_matmul(model)
@@ -66,16 +71,13 @@ class Canonicalize(Pass):
         return changed
 
 
-def _unlist_initializers(model: ir.Model, *, always: bool) -> bool:
-    """Before IR version 4 every initializer had to be listed as a graph input; runtimes treat them as constants."""
-    if model.ir_version >= 4 and not always:
-        return False
+def _unlist_initializers(model: ir.Model) -> int:
+    """Make constants of initializers that are graph inputs too; returns how many. Before IR version 4 all had to be."""
     listed = [v for v in model.graph.inputs if v.is_initializer()]
     for v in listed:
         model.graph.inputs.remove(v)
-    changed = bool(listed) or model.ir_version < 4
     model.ir_version = max(model.ir_version, 4)
-    return changed
+    return len(listed)
 
 
 def _inline(model: ir.Model) -> bool:

@@ -369,6 +369,7 @@ def test_a_default_of_an_input_stays_unless_asked(parse, after):
     assert [v.name for v in kept.model.graph.inputs] == ["x", "w"] and not kept.changed
     frozen = after("canonicalize", model, freeze_inputs=True)
     assert [v.name for v in frozen.model.graph.inputs] == ["x"] and frozen.changed
+    assert [d.code for d in frozen.ctx.diagnostics] == ["QG215"] and not kept.ctx.diagnostics
 
 
 def test_debug_metadata_goes_and_names_stay(parse, after):
