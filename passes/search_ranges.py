@@ -125,7 +125,7 @@ def _tried(
     samples: int,
 ) -> list[tuple[_Group, Doubles]]:
     """By reader and input, the share of its output's mean square that each candidate leaves as error."""
-    bits = max(g.candidates[0][1].spec.qtype.bits for g in of_value.values())
+    bits = max((g.candidates[0][1].spec.qtype.bits for g in of_value.values()), default=8)
     made = trials.Trials(model, bits)
     tried = [
         _try(made, node, index, of_value[v])
@@ -133,6 +133,8 @@ def _tried(
         for index in regions.operators[node]
         if (v := node.inputs[index]) is not None and v in of_value
     ]
+    if not tried:
+        return []
     totals: list[Any] = []
     count = 0
     for count, outputs in enumerate(made.run(ctx.data, samples, ctx.threads), start=1):
