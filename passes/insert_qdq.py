@@ -113,7 +113,7 @@ def _count_operators(model: ir.Model, ctx: Context) -> None:
     if not is_integer or ctx.data is None or ctx.operators:
         return
     readers = {graph.output_name(u.node): w.name for w in weights.find(model) for u in w.uses}
-    nodes = {graph.output_name(n): n for n in model.graph}
+    nodes = {graph.output_name(n): n for n in reversed(graph.nodes(model))}
     for output, count in macs.count(model, next(iter(ctx.data))).items():
         node = nodes[output]
         ctx.operators[output] = Operator(

@@ -78,7 +78,8 @@ def _say_why(ctx: Context, ran: Mapping[str, Ran], unknown: str = "") -> None:
             )
         elif decision is not None:
             held = f"its weight is {decision.spec}, its activations are float"
-            operator.reason = (unknown or held) if decision.activation is not None else held
+            hidden = found.detail if found is not None and found.how == "unknown" else unknown
+            operator.reason = (hidden or held) if decision.activation is not None else held
         else:
             operator.code = "QG314"
             operator.reason = "a product of activations; they stay float"
