@@ -257,6 +257,9 @@ def _decide(
         )
     if len({u.matrix for u in weight.uses}) > 1:
         return stays("QG313", "its uses sum over different axes, so no grouping serves all of them")
+    refused = _beside_grids(weight, ctx)
+    if refused:
+        return stays("QG315", refused)
     dtype = (
         weight.value.const_value.dtype
         if weight.value.const_value is not None
@@ -296,6 +299,14 @@ def _decide(
             )
         reasons.append(f"{spec}: {refused}")
     return stays("QG315", "; ".join(reasons) or rule.reason)
+
+
+def _beside_grids(weight: Weight, ctx: Context) -> str:
+    """Why the weight cannot be quantized in a model with static activations, if the recipe makes it one."""
+    integers = ctx.target.integers
+    if integers is None or not any(rule.is_static for rule in ctx.recipe.rules):
+        return ""
+    return next((r for u in weight.uses if (r := integers.floats.get(u.node.op_type))), "")
 
 
 def _choices(rule: Rule, weight: Weight, target: Target) -> list[tuple[str, str]]:

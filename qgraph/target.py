@@ -100,6 +100,7 @@ class Integers:
         types: specs of activations that the kernels take, the default first.
         centred: operators whose kernels take no zero point but 0.
         unsigned: kernels of operators without weights take uint8 alone, and none applies a Relu to a signed grid.
+        floats: operators whose weights stay float in models with static activations, each with the reason.
     """
 
     weighted: Mapping[str, bool]
@@ -108,6 +109,7 @@ class Integers:
     types: tuple[str, ...]
     centred: frozenset[str] = frozenset()
     unsigned: bool = False
+    floats: Mapping[str, str] = field(default_factory=dict)
 
     def refuses(self, activation: QuantSpec) -> str:
         """Why no kernel computes on activations of this spec, or ""."""

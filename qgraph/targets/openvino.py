@@ -46,6 +46,10 @@ def inspect(path: str, outputs: Sequence[str]) -> Mapping[str, Any]:
 
 
 _INT8 = "int8 weights per output channel stay compressed; OpenVINO quantizes activations by itself"
+_RECURRENT = (
+    "where activations are quantized, OpenVINO 2026.4 may keep the codes as weights of LSTM and GRU, for which it has "
+    "no kernel, and refuses the model (expects Constant)"
+)
 
 OPENVINO = register(
     Target(
@@ -63,6 +67,7 @@ OPENVINO = register(
             joined=frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu"}),
             moves=MOVES,
             types=("uint8.tensor.asym", "int8.tensor.asym"),
+            floats={"LSTM": _RECURRENT, "GRU": _RECURRENT},
             centred=frozenset({"ConvTranspose"}),
         ),
         auto={

@@ -294,3 +294,25 @@ def test_refusals(form, write) -> None:
     path = write(f"g (int64[n] i) => (float[] y) {{ {body} }}", **weights)
     with pytest.raises(errors.RuntimeFailure, match=REFUSED[form]):
         openvino.executed_graph(path)
+
+
+# Recurrent operators
+
+LSTM = """g (float[4, 2, 64] x) => (float[4, 1, 2, 64] y) {{
+    {before} w = DequantizeLinear(W, s) r = DequantizeLinear(R, s) y = LSTM <hidden_size = 64> ({x}, w, r) }}"""
+GRID = "q = QuantizeLinear(x, sx, zx) d = DequantizeLinear(q, sx, zx)"
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_lstm_weights_are_expanded_and_refused_behind_quantized_activations(is_static, write):
+    weights = {k: RNG.integers(-127, 128, (1, 256, 64)).astype(np.int8) for k in "WR"}
+    steps = {"s": np.float32(1e-3), "sx": np.float32(0.03), "zx": np.uint8(128)}
+    text = LSTM.format(before=GRID if is_static else "", x="d" if is_static else "x")
+    held = weights | (steps if is_static else {"s": steps["s"]})
+    path = write(text, **held)
+    if is_static:
+        with pytest.raises(errors.RuntimeFailure, match="expects Constant"):
+            openvino.executed_graph(path)
+        return
+    (node,) = [n for n in openvino.executed_graph(path).nodes if n.op == "RNNSeq"]
+    assert set(node.input_dtypes) <= {"float32", "int32"}

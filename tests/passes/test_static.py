@@ -252,3 +252,27 @@ def test_a_channel_that_training_switched_off_keeps_its_bias(parse, recipe):
     expected, found = (runtime.session(m).run(None, feeds)[0] for m in (model, made.model))
     assert np.abs(found[:, 1] - 3.0).max() < 0.2
     assert qgraph.numerics.sqnr_db(expected, found) > 30
+
+
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_operators_beside_static_grids_load_in_openvino(op, gates, parse, tmp_path):
+    pytest.importorskip("openvino")
+    rng = np.random.default_rng(0)
+    held = {"K": (64, 64, 3), "W": (1, gates * 64, 64), "R": (1, gates * 64, 64)}
+    arrays = {k: (rng.standard_normal(s) * 0.1).astype(np.float32) for k, s in held.items()}
+    text = f"""g (float[1, 64, 20] x) => (float[20, 1, 1, 64] y, float[1, 64, 20] z) {{
+        t = Transpose <perm = [2, 0, 1]> (x) y = {op} <hidden_size = 64> (t, W, R)
+        c = Conv <pads = [1, 1]> (x, K) z = Relu(c) }}"""
+    data = [{"x": rng.standard_normal((1, 64, 20)).astype(np.float32)} for _ in range(2)]
+    result = qgraph.optimize(
+        parse(text, **arrays),
+        "int8-static",
+        target="openvino",
+        data=data,
+        output=tmp_path / "q.onnx",
+    )
+    entries = {e.weight: e for e in result.report.ledger}
+    assert entries["K"].runs == ["Convolution u8 activations, i8 weights"]
+    for name in ("W", "R"):
+        assert (entries[name].code == "QG315") == (op != "RNN")
+        assert not entries[name].runs or entries[name].runs == ["RNNSeq float32"]
