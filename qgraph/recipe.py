@@ -267,7 +267,7 @@ PRESETS: dict[str, Recipe] = {
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
                 _rule("linear", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
                 _rule("conv", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
-                _rule("rnn", "int8.ch", FLOAT, min_elements=1024),
+                _rule("rnn", AUTO, min_elements=1024),
             ),
             min_elements=1,
         ),
