@@ -86,7 +86,7 @@ class Outcome:
     Attributes:
         recipe: the recipe with rules in front that pin what was given back; None where nothing sufficed.
         returned: the weights that were given something back, most damage per cost first.
-        best: the best comparison of a model in which something is still quantized.
+        best: the outputs of the best model in which something is still quantized.
         measurements: how many models were measured on a few and on all samples.
         seconds: it took.
         timed_out: the time was over before the search was.
@@ -95,7 +95,7 @@ class Outcome:
 
     recipe: Recipe | None
     returned: list[Unit]
-    best: Comparison
+    best: tuple[OutputError, ...]
     measurements: dict[str, int]
     seconds: float
     timed_out: bool
@@ -155,12 +155,16 @@ class Search:
             missed: what the recipe reached.
             ctx: what its passes left behind.
         """
-        self._best = missed
+        with self._trials.sharing() as trials:
+            self._trials = replace(trials, operators=ctx.operators)
+            return self._run(missed, ctx)
+
+    def _run(self, missed: Comparison, ctx: Context) -> Outcome:
+        self._best = missed.outputs
         self._units = units(ctx, self._trials.context.target)
         if not self._to_float:
             for unit in self._units:
                 unit.ladder = {s: r for s, r in unit.ladder.items() if r is not rungs.NOTHING}
-        self._trials = replace(self._trials, operators=ctx.operators)
         samples = evenly(self._floors.data, FEW)
         self._reference = Reference(self._model, samples, self._floors.logits)
         for level in sorted({stage for u in self._units for stage in u.ladder if stage}):
@@ -239,11 +243,11 @@ class Search:
                 unit.level = old
         self._progress(f"measuring with {count} of {len(order)} given back", -1)
         with self._trials.written(recipe, inspect=self._trials.context.inspect) as (path, _):
-            found = self._floors.measure(self._model, path)
+            found = self._reference.over(self._floors.data, path)
         self._measurements["whole"] += 1
-        if self._floors.damage(found.outputs) < self._floors.damage(self._best.outputs):
+        if self._floors.damage(found) < self._floors.damage(self._best):
             self._best = found
-        return not self._floors.problems(found.outputs)
+        return not self._floors.problems(found)
 
     def _pinned(self, *, final: bool) -> Recipe:
         """The recipe with a rule in front for every weight that was given something back."""
@@ -340,8 +344,8 @@ def told(outputs: Sequence[OutputError]) -> str:
 
 def problem(outcome: Outcome, floors: Floors, total: int) -> errors.Diagnostic:
     """Why nothing sufficed, and what could be done."""
-    reached = told(outcome.best.outputs)
-    shares = [o.divergence.agreement.value for o in outcome.best.outputs if o.divergence]
+    reached = told(outcome.best)
+    shares = [o.divergence.agreement.value for o in outcome.best if o.divergence]
     if shares:
         reached += f", agreement {min(shares):.2%}"
     given = f"{outcome.measurements['whole']} mixtures of {total} weights were measured"

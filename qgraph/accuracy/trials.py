@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph import files, graph
+from qgraph.accuracy.shared import Shared
 from qgraph.pipeline import Context, Instrument, Pass, Pipeline, StopPipeline
 from qgraph.plan import QuantPlan
 from qgraph.recipe import Recipe
@@ -66,12 +67,14 @@ class Trials:
         model: as it was before the pass that decides.
         context: of that moment.
         operators: what the float model's operators cost, where that was counted.
+        shared: where the weights lie that all trials have in common; None writes them into each.
     """
 
     pipeline: Pipeline
     model: ir.Model
     context: Context
     operators: Mapping[str, Operator] = field(default_factory=dict)
+    shared: Shared | None = None
 
     @property
     def start(self) -> int:
@@ -111,4 +114,20 @@ class Trials:
         """As `run`, with the model in a file that is gone afterwards."""
         with tempfile.TemporaryDirectory(prefix="qgraph-trial-") as folder:
             model, ctx = self.run(recipe, Spool(Path(folder)), inspect=inspect)
-            yield files.save(model, Path(folder) / "model.onnx"), ctx
+            if self.shared is None:
+                yield files.save(model, Path(folder) / "model.onnx"), ctx
+                return
+            path = self.shared.save(model)
+            try:
+                yield path, ctx
+            finally:
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[Trials]:
+        """These trials with their common weights on disk once, as long as the context lasts."""
+        if self.shared is not None:
+            yield self
+            return
+        with tempfile.TemporaryDirectory(prefix="qgraph-trials-") as folder:
+            yield replace(self, shared=Shared(self.model, Path(folder)))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -99,6 +99,7 @@ def choose(
     if not found:
         return Choice(classing.recipe_of(recipe, found, {}))
     with contextlib.ExitStack() as stack:
+        trials = stack.enter_context(trials.sharing())
         chooser = _Chooser(trials, model, recipe, dataset, found, stack, ends, progress)
         if not target.timed or files.weight_bytes(trials.model) > TIMED_UNDER:
             chosen = chooser.untimed(target)
@@ -174,7 +175,9 @@ class _Chooser:
     def _variant(self, forms: Mapping[str, str]) -> _Variant:
         recipe = classing.recipe_of(self._recipe, self._classes, forms)
         trial = self._trials.written(recipe, inspect=self._trials.context.inspect)
-        path, _ = self._stack.enter_context(trial)
+        path, ctx = self._stack.enter_context(trial)
+        if ctx.operators and not self._trials.operators:  # counted once
+            self._trials = replace(self._trials, operators=ctx.operators)
         session = sessions.open_session(path)
         return _Variant(dict(forms), session, worst(self._reference.judge(session)))
 

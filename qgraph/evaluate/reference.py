@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qgraph import files
@@ -26,7 +26,7 @@ class Reference:
     def __init__(
         self, model: files.Source, samples: Sequence[Feeds], logits: str | Sequence[str] = ()
     ) -> None:
-        session = sessions.open_session(model)
+        session = self._session = sessions.open_session(model)
         wanted = [logits] if isinstance(logits, str) else list(logits)
         self.names = [o.name for o in session.get_outputs()]
         self.predictions = sessions.logit_outputs(session, wanted)
@@ -43,5 +43,15 @@ class Reference:
         for feeds, kept in zip(self.samples, self._outputs, strict=True):
             got = session.run(self.names, feeds)
             for meter, x, y in zip(meters, kept, got, strict=True):
+                meter.add(x, y)
+        return tuple(meter.result(None) for meter in meters)
+
+    def over(self, dataset: Iterable[Feeds], model: files.Source) -> tuple[OutputError, ...]:
+        """The same over any number of samples, for which the float model runs too and nothing is kept."""
+        session = sessions.open_session(model)
+        meters = [OutputMeter(n, n in self.predictions) for n in self.names]
+        for feeds in dataset:
+            results = (s.run(self.names, feeds) for s in (self._session, session))
+            for meter, x, y in zip(meters, *results, strict=True):
                 meter.add(x, y)
         return tuple(meter.result(None) for meter in meters)
