@@ -158,9 +158,8 @@ def _row(
         if str(bits) not in row["bits"]:
             raise int4_error.Failed(f"it writes other widths: {row['bits']}")
         int4_error._use_float_activations(output)
-        said = int4_error._call(
-            [sys.executable, __file__, "--measure", name, str(output), str(source)]
-        )
+        arguments = [name, str(output), str(source), *([str(given.limit)] if given.limit else [])]
+        said = int4_error._call([sys.executable, __file__, "--measure", *arguments])
         row |= json.loads(said.splitlines()[-1])
     except int4_error.Failed as e:
         row["failed"] = str(e)
@@ -220,7 +219,7 @@ def _widths(path: Path) -> dict[str, int]:
     return found
 
 
-def measure(name: str, output: str, source: str) -> None:
+def measure(name: str, output: str, source: str, limit: str = "") -> None:
     """The end metrics of a quantized model, as JSON."""
     import baselines
 
@@ -229,7 +228,8 @@ def measure(name: str, output: str, source: str) -> None:
 
     model = MODELS[name]
     if model.task:
-        found = dict(baselines.TASKS[model.task](output, limit=model.limit, float_model=source))
+        count = int(limit) if limit else model.limit
+        found = dict(baselines.TASKS[model.task](output, limit=count, float_model=source))
     else:
         compared = evaluate.divergence(source, output, data.eval_tokens()[SPLIT:], CONTEXT)
         found = compared.quant_perplexity.to_json()
@@ -276,13 +276,17 @@ def speed(size: int, rounds: int) -> dict[str, Any]:
                 said = int4_error._call([sys.executable, __file__, "--time", tool, str(path)])
                 row = json.loads(said.splitlines()[-1])
                 result[tool].append(row)
-                print(f"{tool:12s} {row['seconds']:8.1f} s  error {row['error']:.6g}", flush=True)
-    seconds = {t: statistics.median(r["seconds"] for r in rows) for t, rows in result.items()}
+                print(f"{tool:12s} {_line(row)}", flush=True)
+    seconds, processor = (
+        {t: statistics.median(r[clock] for r in rows) for t, rows in result.items()}
+        for clock in ("seconds", "cpu_seconds")
+    )
     errors = {t: rows[0]["error"] for t, rows in result.items()}
     return {
         "size": size,
         "runs": result,
         "times_as_fast": seconds["onnxruntime"] / seconds["qgraph"],
+        "cpu_ratio": processor["onnxruntime"] / processor["qgraph"],
         "error_ratio": errors["qgraph"] / errors["onnxruntime"],
     }
 
@@ -291,26 +295,29 @@ def timed(tool: str, path: str) -> None:
     """GPTQ of one matrix by one tool: seconds, and Σ e H eᵀ over Σ w H wᵀ."""
     with np.load(path) as file:
         w, gram = file["w"], file["gram"]
-    start = time.perf_counter()
+    clocks = time.perf_counter, time.process_time
     if tool == "qgraph":
         from qgraph.passes.solvers.gptq import Gptq
         from qgraph.solver import WeightStats
         from qgraph.spec import QuantSpec
 
         spec, stats = QuantSpec.parse("uint4.g128.asym"), WeightStats(gram=gram)
+        start = [clock() for clock in clocks]
         solved = Gptq().solve(w, spec, stats, np.random.default_rng(0))
-        seconds = time.perf_counter() - start
+        seconds = [clock() - s for clock, s in zip(clocks, start, strict=True)]
         quantized = solved.dequantize()
     else:
         from onnxruntime.quantization.neural_compressor import weight_only
 
+        start = [clock() for clock in clocks]
         made = weight_only.gptq(w.T.copy(), gram.copy(), num_bits=4, group_size=128, scheme="asym")
-        seconds = time.perf_counter() - start
+        seconds = [clock() - s for clock, s in zip(clocks, start, strict=True)]
         quantized = np.asarray(made, np.float32).T
     e = w.astype(np.float64) - quantized
     cost = float(np.einsum("nk,nk->", e @ gram, e))
     whole = float(np.einsum("nk,nk->", w.astype(np.float64) @ gram, w))
-    print(json.dumps({"seconds": seconds, "error": cost / whole}))
+    row = {"seconds": seconds[0], "cpu_seconds": seconds[1], "error": cost / whole}
+    print(json.dumps(row))
 
 
 def main() -> None:
@@ -319,6 +326,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tools", default=",".join([*OURS, *PEERS]))
     parser.add_argument("--bits", default="4,2")
+    parser.add_argument("--limit", type=int, help="measure on so many texts, reactions or pairs")
     parser.add_argument("--peers", help="a Python that has nncf")
     parser.add_argument("--torch", help="a Python that has onnxruntime and torch")
     parser.add_argument("--work", type=Path, help="keeps figures between runs")
@@ -332,7 +340,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.speed:
         result: dict[str, Any] = speed(given.size, given.rounds)
-        print(f"{result['times_as_fast']:.1f} x as fast, error x {result['error_ratio']:.3f}")
+        ratios = {k: round(v, 3) for k, v in result.items() if k not in ("size", "runs")}
+        print(_line(ratios))
     else:
         with tempfile.TemporaryDirectory() as scratch:
             work = given.work or Path(scratch)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qgraph import errors
 from qgraph.runtime import library
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qg_pack": (_int32, [_pointer, _int64, _int64, _int32, _pointer]),
     "qg_matmul": (_int32, [_pointer]),
     "qg_matmul_scratch": (_int64, [_pointer]),
-    "qg_feedback": (_int32, [_pointer] * 5),
+    "qg_feedback": (_int32, [_pointer] * 7),
     "qg_descent": (_int32, [*[_pointer] * 4, *[_int32] * 3, _pointer]),
     "qg_probe_read": (_int64, [_pointer, _int64, _pointer]),
     "qg_probe_dot": (_int64, [_int32, _int64, _pointer]),

@@ -55,8 +55,8 @@ class Rows:
     high: int
     scale_dtype: str = "float32"
 
-    def part(self, rows: slice) -> Rows:
-        """A view of some rows."""
+    def part(self, rows: slice | npt.NDArray[np.intp]) -> Rows:
+        """Some rows: a view where they are a slice."""
         return Rows(
             self.codes[rows], self.scale[rows], self.zero_point[rows],
             self.group, self.bits, self.low, self.high, self.scale_dtype,
@@ -83,8 +83,9 @@ def feedback(
     w: Floats,
     order: npt.NDArray[np.int32],
     factor: Floats,
+    energies: Floats | None = None,
     isa: str | None = None,
-) -> None:
+) -> npt.NDArray[np.float64]:
     """Give `rows` codes for w on the grid that it has, each column making up for the errors before it.
 
     Args:
@@ -92,17 +93,31 @@ def feedback(
         w: [N, K] float32, C-contiguous.
         order: [K] the columns as they are rounded.
         factor: [K, K] float32 in that order; row j says what the errors before j add to column j.
+        energies: [K] float32 in that order, R_jj² of the Gram matrix R Rᵀ.
         isa: use the kernel of this instruction set.
+
+    Returns:
+        [N] what each row costs, e R Rᵀ eᵀ; empty without energies.
     """
     n, k = rows.codes.shape
     _expect(w, "w", np.float32, (n, k))
     _expect(order, "order", np.int32, (k,))
     _expect(factor, "factor", np.float32, (k, k))
+    cost = np.zeros(0 if energies is None else n, np.float64)
+    if energies is not None:
+        _expect(energies, "energies", np.float32, (k,))
     scratch = np.empty((k, FEEDBACK_ROWS), np.float32)
     status = native.load().dll.qg_feedback(
-        ctypes.byref(_problem(rows, isa)), _at(w), _at(order), _at(factor), _at(scratch)
+        ctypes.byref(_problem(rows, isa)),
+        _at(w),
+        _at(order),
+        _at(factor),
+        None if energies is None else _at(energies),
+        None if energies is None else _at(cost),
+        _at(scratch),
     )
     _check("qg_feedback", status)
+    return cost
 
 
 def descend(

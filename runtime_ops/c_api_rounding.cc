@@ -26,17 +26,18 @@ RoundingGrid grid_of(const QgRounding& g) {
 }  // namespace
 
 int32_t qg_feedback(const QgRounding* grid, const float* w, const int32_t* order,
-                    const float* factor, float* scratch) {
+                    const float* factor, const float* energies, double* row_cost, float* scratch) {
   if (grid == nullptr || !is_valid(*grid)) return QG_INVALID_ARGUMENT;
   if (grid->isa >= 0 && !qg_isa_is_supported(grid->isa)) return QG_ISA_NOT_AVAILABLE;
   if (grid->rows == 0 || grid->cols == 0) return QG_OK;
   if (w == nullptr || order == nullptr || factor == nullptr || scratch == nullptr) {
     return QG_INVALID_ARGUMENT;
   }
+  if ((energies == nullptr) != (row_cost == nullptr)) return QG_INVALID_ARGUMENT;
   for (int64_t j = 0; j < grid->cols; ++j) {
     if (order[j] < 0 || order[j] >= grid->cols) return QG_INVALID_ARGUMENT;
   }
-  const FeedbackProblem problem{grid_of(*grid), w, order, factor, scratch};
+  const FeedbackProblem problem{grid_of(*grid), w, order, factor, energies, row_cost, scratch};
   switch (chosen(*grid)) {
 #if defined(__x86_64__)
     case Isa::kAvx2: qg_feedback__avx2(problem); break;

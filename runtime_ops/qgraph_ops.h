@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define QG_ABI_VERSION 3
+#define QG_ABI_VERSION 4
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -56,9 +56,11 @@ struct QgRounding {
   float low, high;  // the range of codes, within that of `bits`
 };
 
-// order [cols] and factor [cols, cols] as in kernels/rounding.h; scratch has 32 * cols floats.
+// order [cols], factor [cols, cols], energies [cols] and row_cost [rows] as in kernels/rounding.h
+// (both of the last null, or neither); scratch has 32 * cols floats.
 QG_EXPORT int32_t qg_feedback(const struct QgRounding* grid, const float* w, const int32_t* order,
-                              const float* factor, float* scratch);
+                              const float* factor, const float* energies, double* row_cost,
+                              float* scratch);
 
 // gram [cols, cols], group_sums [groups, cols] (sums of its rows), gradient [rows, cols] =
 // (w - quantized) * gram, which is kept up to date; scratch has cols floats.

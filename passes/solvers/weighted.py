@@ -23,8 +23,13 @@ from qgraph.solver import WeightStats
 from qgraph.spec import Floats, QTensor, QuantSpec
 
 Doubles = npt.NDArray[np.float64]
+Way = Callable[[Floats, Rows], "tuple[Rows, Doubles | None]"]
 _CHUNK = 1 << 21  # elements of a task
 _RETRIES = 6
+_BLOCK = 512  # columns of the Cholesky factor made at once
+_COLUMNS = 512  # columns of a product that may already decide
+_EXACT = 1024  # up to so many columns the cost is not taken from float32 sums
+_MARGIN = 1e-3  # relative error that such a sum may have
 DAMPING = 0.01  # share of the mean diagonal that is added by default
 
 
@@ -34,7 +39,7 @@ class Curvature:
     Attributes:
         gram: [K, K] float64, the mean of x xᵀ.
         damping: share of the mean diagonal that was added, after retries.
-        damped: [K, K] float64, H.
+        added: what was added to the diagonal.
     """
 
     def __init__(self, gram: Doubles, damping: float) -> None:
@@ -42,22 +47,25 @@ class Curvature:
             raise ValueError("the Gram matrix has NaN or Inf")
         self.gram = gram
         self.damping = damping
-        self.damped, self._lower = self._factored()
+        self.added = 0.0
+        self._lower = self._factored()
 
-    def _factored(self) -> tuple[Doubles, Doubles]:
-        """H and the Cholesky factor of H with rows and columns in reverse rounding order."""
+    def _factored(self) -> Doubles:
+        """The Cholesky factor of H with rows and columns in reverse rounding order, below the diagonal."""
         k = len(self.gram)
         # What carries nothing still needs a code: a unit of cost, the same for all.
         mean = float(np.trace(self.gram)) / max(k, 1) or 1.0
+        backwards = np.ascontiguousarray(self.order[::-1])
         for _ in range(_RETRIES):
-            damped = self.gram + np.eye(k) * (self.damping * mean)
-            backwards = self.order[::-1]
+            self.added = self.damping * mean
+            lower = self.gram[backwards[:, None], backwards]
+            lower.flat[:: k + 1] += self.added
             try:
-                lower: Any = np.linalg.cholesky(damped[np.ix_(backwards, backwards)])
+                _factor_in_place(lower)
             except np.linalg.LinAlgError:
                 self.damping = max(10 * self.damping, 1e-6)
             else:
-                return damped, lower
+                return lower
         raise AssertionError(f"no Cholesky factor with {self.damping} of the mean diagonal added")
 
     @cached_property
@@ -66,11 +74,30 @@ class Curvature:
         return np.argsort(-np.diag(self.gram), kind="stable").astype(np.int32)
 
     @cached_property
+    def damped(self) -> Doubles:
+        """[K, K] float64, H."""
+        damped = self.gram.copy()
+        damped.flat[:: len(damped) + 1] += self.added
+        return damped
+
+    @cached_property
+    def upper(self) -> Floats:
+        """[K, K] float32, R of H = R Rᵀ in rounding order; below its diagonal blocks lies what nobody reads."""
+        upper = self._lower[::-1, ::-1].astype(np.float32)
+        for start in range(0, len(upper), _COLUMNS):
+            block = upper[start : start + _COLUMNS, start : start + _COLUMNS]
+            block[:] = np.triu(block)
+        return upper
+
+    @cached_property
     def factor(self) -> Floats:
-        """What `native_rounding.feedback` wants: row j, unit diagonal, in rounding order."""
-        # H = R Rᵀ with R upper triangular; row j of Rᵀ over R_jj.
-        transposed = self._lower.T[::-1, ::-1]
-        return np.ascontiguousarray(transposed / np.diag(transposed)[:, None], np.float32)
+        """What `native_rounding.feedback` wants: row j of Rᵀ over R_jj."""
+        return np.ascontiguousarray((self.upper / np.diag(self.upper)).T)
+
+    @cached_property
+    def energies(self) -> Floats:
+        """[K] float32, R_jj²."""
+        return np.square(np.diag(self.upper))
 
     @cached_property
     def inverse(self) -> Doubles:
@@ -98,11 +125,29 @@ class Curvature:
         starts = np.arange(0, len(self.damped), group)
         return np.add.reduceat(self.damped, starts, axis=0).astype(np.float32)
 
-    def cost(self, w: Floats, rows: Rows, *, is_damped: bool = False) -> Doubles:
-        """What each row costs, e H eᵀ: [N] float64."""
-        h = self.damped if is_damped else self.gram
+    def compare(self, w: Floats, rows: Rows, found: Doubles) -> Doubles:
+        """What each row costs [N] where that is no more than `found`, else inf.
+
+        The cost is a sum over the columns of R: often a few, those of most energy, are more than `found`.
+        """
+        e = w - rows.dequantize()
+        added = self.added * np.einsum("nk,nk->n", e, e, dtype=np.float64)
+        e = e[:, self.order]
+        left = np.arange(len(e))
+        partial = np.zeros(len(e))
+        for start in range(0, e.shape[1], _COLUMNS):
+            end = start + _COLUMNS
+            some = e[left, :end] @ self.upper[:end, start:end]
+            partial[left] += np.einsum("nk,nk->n", some, some, dtype=np.float64)
+            left = left[partial[left] - added[left] <= found[left] * (1 + _MARGIN)]
+        cost = np.full(len(e), np.inf)
+        cost[left] = self.cost(w[left], rows.part(left))
+        return cost
+
+    def cost(self, w: Floats, rows: Rows) -> Doubles:
+        """What each row costs without damping: [N] float64."""
         e = w.astype(np.float64) - rows.dequantize()
-        found: Doubles = np.maximum(np.einsum("nk,nk->n", e @ h, e), 0)
+        found: Doubles = np.maximum(np.einsum("nk,nk->n", e @ self.gram, e), 0)
         return found
 
 
@@ -129,6 +174,25 @@ def shrinkage(
         along += float(np.einsum("nk,nk->", missing, change))
         square += float(np.einsum("nk,nk->", change @ there.gram, change))
     return min(max(along / square, 0.0), 1.0) if square > 0 else 0.0
+
+
+def _factor_in_place(a: Doubles) -> None:
+    """Put the Cholesky factor of a [K, K] below its diagonal; what is above means nothing afterwards.
+
+    Block by block, for products of matrices are several times as fast as LAPACK's potrf.
+
+    Raises:
+        numpy.linalg.LinAlgError: a is not positive definite.
+    """
+    n = len(a)
+    for start in range(0, n, _BLOCK):
+        end = min(start + _BLOCK, n)
+        diagonal = np.linalg.cholesky(a[start:end, start:end])
+        a[start:end, start:end] = diagonal
+        a[end:, start:end] = panel = a[end:, start:end] @ np.linalg.inv(diagonal).T
+        for column in range(end, n, _BLOCK):
+            here = panel[column - end :]
+            a[column:, column : column + _BLOCK] -= here @ here[:_BLOCK].T
 
 
 class Prepared:
@@ -204,14 +268,12 @@ class Task:
     curvature: Curvature
     threads: int
 
-    def improve(
-        self, starts: Sequence[QTensor], ways: Iterable[Callable[[Floats, Rows], Rows]]
-    ) -> QTensor:
+    def improve(self, starts: Sequence[QTensor], ways: Iterable[Way]) -> QTensor:
         """The best of the starts and what each way makes of what came before it, row by row.
 
         Args:
             starts: never done worse than any of them.
-            ways: (w, rows) → other rows; each gets the best rows so far.
+            ways: (w, rows) → other rows and what they cost, if known; each gets the best rows so far.
 
         Returns:
             What was found; `error` is the sum of e H eᵀ without damping.
@@ -227,33 +289,41 @@ class Task:
             part = slice(first, min(first + size, n))
             w = np.ascontiguousarray(self.w[part], np.float32)
             best = rows.part(part)
-            cost = self.curvature.cost(w, best)
-            given = [lambda w, rows, other=other: other.part(part) for other in others]
-            for way in (*given, *steps):
-                other = way(w, best)
-                found = self.curvature.cost(w, other)
+            cost: Doubles | None = None
+            for way in (*(_given(other.part(part)) for other in others), *steps):
+                other, found = way(w, best)
+                if found is None:
+                    found = self.curvature.cost(w, other)
+                    cost = self.curvature.cost(w, best) if cost is None else cost
+                elif cost is None:
+                    cost = self.curvature.compare(w, best, found)
                 better = found < cost
                 best.codes[better] = other.codes[better]
                 best.scale[better] = other.scale[better]
                 best.zero_point[better] = other.zero_point[better]
                 cost = np.where(better, found, cost)
-            return float(cost.sum())
+            return float((self.curvature.cost(w, best) if cost is None else cost).sum())
 
         with ThreadPoolExecutor(self.threads or os.cpu_count() or 1) as pool:
             error = math.fsum(pool.map(solve, range(0, n, size)))
         return pack(rows, self.spec, error)
 
-    def feedback(self, w: Floats, rows: Rows) -> Rows:
+    def feedback(self, w: Floats, rows: Rows) -> tuple[Rows, Doubles | None]:
         """Round again on the grid that the rows have, with feedback."""
-        other = rows.copy()
-        native_rounding.feedback(other, w, self.curvature.order, self.curvature.factor)
-        return other
+        other, h = rows.copy(), self.curvature
+        cost = native_rounding.feedback(other, w, h.order, h.factor, h.energies)
+        if w.shape[1] <= _EXACT:
+            return other, None
+        e = w - other.dequantize()
+        added = h.added * np.einsum("nk,nk->n", e, e, dtype=np.float64)
+        # With less data than columns most of the cost is what damping added: a difference of like numbers.
+        return other, None if 2 * added.sum() > cost.sum() else cost - added
 
-    def descend(self, sweeps: int) -> Callable[[Floats, Rows], Rows]:
+    def descend(self, sweeps: int) -> Way:
         """Coordinate descent from the rows as they are."""
         sums = self.curvature.group_sums(self.spec.group or max(self.w.shape[1], 1))
 
-        def way(w: Floats, rows: Rows) -> Rows:
+        def way(w: Floats, rows: Rows) -> tuple[Rows, Doubles | None]:
             other = rows.copy()
             e = w.astype(np.float64) - other.dequantize()
             native_rounding.descend(
@@ -265,9 +335,14 @@ class Task:
                 fits_zero_points=not (self.spec.symmetric or self.spec.is_per_tensor),
                 sweeps=sweeps,
             )
-            return other
+            return other, None
 
         return way
+
+
+def _given(rows: Rows) -> Way:
+    """The way that leads to these rows, whatever they cost."""
+    return lambda w, best: (rows, None)
 
 
 def plain_error(w: npt.NDArray[np.floating[Any]], q: QTensor) -> float:

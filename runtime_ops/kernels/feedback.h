@@ -28,7 +28,9 @@ class Feedback {
     first_ = first_row;
     const int64_t left = g_.rows - first_row;
     count_ = static_cast<int>(left < kFeedbackRows ? left : kFeedbackRows);
+    double total[kFeedbackRows] = {};
     for (int64_t start = 0; start < g_.cols; start += kBlock) {
+      for (int l = 0; l < kFeedbackRows; ++l) cost_[l] = 0;
       const int64_t rest = g_.cols - start;
       const int n = static_cast<int>(rest < kBlock ? rest : kBlock);
       gather_errors(start, n);
@@ -36,7 +38,10 @@ class Feedback {
         round(start + c, c);
         pass_on(start, c, n);
       }
+      for (int l = 0; l < kFeedbackRows; ++l) total[l] += static_cast<double>(cost_[l]);
     }
+    if (p_.energies == nullptr) return;
+    for (int l = 0; l < count_; ++l) p_.row_cost[first_ + l] = total[l];
   }
 
  private:
@@ -82,6 +87,7 @@ class Feedback {
     const int64_t column = p_.order[j], group = column / g_.group, groups = g_.groups();
     alignas(64) float w[kFeedbackRows], s[kFeedbackRows], z[kFeedbackRows];
     alignas(64) float q[kFeedbackRows];
+    const V energy = splat(p_.energies == nullptr ? 0.0f : p_.energies[j]);
     for (int l = 0; l < kFeedbackRows; ++l) {
       const bool is_row = l < count_;
       const int64_t at = (first_ + l) * groups + group;
@@ -95,6 +101,8 @@ class Feedback {
       const V floor = splat(g_.low) - zero, ceiling = splat(g_.high) - zero;
       const V code = round_even(min(max(x / scale, floor), ceiling));
       store(error(j) + l, weight - code * scale);
+      const V lost = x - code * scale;
+      store(cost_ + l, load(cost_ + l) + energy * (lost * lost));
       store(q + l, code + zero);
     }
     for (int l = 0; l < count_; ++l) {
@@ -118,6 +126,7 @@ class Feedback {
   int64_t first_ = 0;
   int count_ = 0;
   alignas(64) float sums_[kBlock][kFeedbackRows];
+  alignas(64) float cost_[kFeedbackRows];
 };
 
 inline void feedback_all(const FeedbackProblem& problem) {

@@ -23,7 +23,9 @@ struct FeedbackProblem {
   const float* w;        // [rows, cols]
   const int32_t* order;  // [cols]: the columns as they are rounded
   const float* factor;  // [cols, cols] in that order: row j holds what the errors before j add to j
-  float* scratch;       // [cols, kFeedbackRows]
+  const float* energies;  // [cols] in that order: R_jj^2, or null
+  double* row_cost;       // [rows]: e H e^T, only with energies
+  float* scratch;         // [cols, kFeedbackRows]
 };
 
 // Improves codes, scales and zero points one at a time.

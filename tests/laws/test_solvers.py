@@ -230,6 +230,17 @@ def test_no_row_is_worse_than_plain_rounding_under_the_gram_matrix(name, bits, g
     assert np.mean(ratios) < 0.95
 
 
+@pytest.mark.parametrize("rows", [300, 4000])
+def test_wide_matrices_hold_the_law_without_measuring_every_row(rows):
+    w, gram = outlier(40, 1300), correlated(1300, rows, 0)
+    stats = WeightStats(importance=np.diag(gram).astype(np.float32), gram=gram)
+    plain, found = (solve(name, w, "uint4.g128", stats) for name in ("rtn", "gptq"))
+    assert plain is not None and found is not None
+    cost, bound = gram_cost(w, found, gram), gram_cost(w, plain, gram)
+    assert (cost <= bound * (1 + 1e-3)).all() and cost.sum() < 0.9 * bound.sum()
+    assert found.error == pytest.approx(cost.sum(), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", GRAM_SOLVERS)
 def test_gram_solvers_do_not_depend_on_threads_or_on_what_was_solved_before(name):
     w, gram = normal(700, 96), correlated(96, 300, 0)

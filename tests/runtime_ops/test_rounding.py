@@ -83,6 +83,22 @@ def test_feedback_equals_numpy_bit_for_bit(bits, signed, isa):
         np.testing.assert_array_equal(rows.codes, want)
 
 
+def test_feedback_says_what_each_row_costs():
+    w, gram = problem(40, 130)
+    order = np.argsort(-np.diag(gram)).astype(np.int32)
+    factor = lower_factor(gram[np.ix_(order, order)])
+    r = np.linalg.cholesky(gram[np.ix_(order, order)][::-1, ::-1])[::-1, ::-1]
+    energies = np.square(np.diag(r)).astype(np.float32)
+    found = []
+    for isa in ISAS:
+        rows = start(w, 32, 4, signed=False)
+        found.append(native_rounding.feedback(rows, w, order, factor, energies, isa=isa))
+        np.testing.assert_allclose(found[-1], cost(w, rows, gram), rtol=1e-4)
+    assert all(f.tobytes() == found[0].tobytes() for f in found)
+    rows = start(w, 32, 4, signed=False)
+    assert native_rounding.feedback(rows, w, order, factor).size == 0
+
+
 def test_feedback_beats_plain_rounding_by_far():
     w, gram = problem(64, 256)
     rows = start(w, 32, 4, signed=False)
