@@ -46,7 +46,7 @@ class InsertQdq(Pass):
         # In graph order, so that a quantized activation that several operators share stands before the first of them.
         todo.sort(key=lambda item: position[item[0].node])
         writer = Writer(model, ctx.spool)
-        regions, grids = activations.recall(model, ctx.plan)
+        regions, grids = activations.recall(model, ctx.plan, ctx.target.integers)
         placed = ctx.placed = qdq.Placed()
         for weight, decision in planned:
             if decision.activation is not None and not decision.activation.dynamic:
@@ -60,7 +60,9 @@ class InsertQdq(Pass):
             self._write(writer, use, form_name, weight, decision, ctx)
         for weight, decision in planned:
             _record(weight, decision, ctx)
-        regions, grids = activations.recall(model, ctx.plan)  # forms may have replaced values
+        regions, grids = activations.recall(
+            model, ctx.plan, ctx.target.integers
+        )  # forms may have replaced values
         for node in dict.fromkeys(n for nodes in placed.uses.values() for n in nodes):
             assert node.inputs[0] is not None
             correction = ctx.plan.corrections.get(str(node.outputs[0].name))

@@ -76,7 +76,9 @@ def remember(regions: Regions, plan: QuantPlan) -> None:
     plan.absorbed, plan.moves = named(regions.absorbed), named(regions.moves)
 
 
-def recall(model: ir.Model, plan: QuantPlan) -> tuple[Regions, dict[ir.Value, Grid]]:
+def recall(
+    model: ir.Model, plan: QuantPlan, integers: Integers | None = None
+) -> tuple[Regions, dict[ir.Value, Grid]]:
     """The regions of a plan and the grids of their values, in a model whose values still have their names."""
     values = {str(v.name): v for v in _in_order(graph.nodes(model))}
     found = Regions(
@@ -86,7 +88,8 @@ def recall(model: ir.Model, plan: QuantPlan) -> tuple[Regions, dict[ir.Value, Gr
     )
     grids = {values[n]: g for n, g in plan.grids.items()}
     computing = {*found.operators, *found.absorbed, *found.moves}
-    found.produced = {v for v in grids if v.producer() in computing}
+    if integers is None or not integers.gives_floats:
+        found.produced = {v for v in grids if v.producer() in computing}
     found.grids = {v: [v] for v in grids}
     return found, grids
 
@@ -189,7 +192,7 @@ class _Walk:
         wanted: list[ir.Value] = []
         for node, indices in found.operators.items():
             wanted += [v for i in indices if (v := node.inputs[i]) is not None]
-            if not self._integers.weighted[node.op_type]:
+            if not self._integers.weighted[node.op_type] and not self._integers.gives_floats:
                 wanted.append(end_of(node))
         seen: set[ir.Value] = set()
         while wanted:
@@ -265,6 +268,8 @@ class _Walk:
                     assert producer is not None
                     found.absorbed.add(producer)
         found.produced |= {n.outputs[0] for n in found.moves}
+        if self._integers.gives_floats:
+            found.produced.clear()
 
 
 def _in_order(order: Iterable[ir.Node]) -> list[ir.Value]:

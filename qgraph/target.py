@@ -99,6 +99,7 @@ class Integers:
         moves: operators that pass codes on; input and output share a grid.
         types: specs of activations that the kernels take, the default first.
         centred: operators whose kernels take no zero point but 0.
+        gives_floats: an integer kernel gives float results too; what computes in float reads those and no codes.
         unsigned: kernels of operators without weights take uint8 alone, and none applies a Relu to a signed grid.
         floats: operators whose weights stay float in models with static activations, each with the reason.
     """
@@ -110,6 +111,7 @@ class Integers:
     centred: frozenset[str] = frozenset()
     unsigned: bool = False
     floats: Mapping[str, str] = field(default_factory=dict)
+    gives_floats: bool = False
 
     def refuses(self, activation: QuantSpec) -> str:
         """Why no kernel computes on activations of this spec, or ""."""

@@ -69,6 +69,8 @@ OPENVINO = register(
             types=("uint8.tensor.asym", "int8.tensor.asym"),
             floats={"LSTM": _RECURRENT, "GRU": _RECURRENT},
             centred=frozenset({"ConvTranspose"}),
+            # It also loses the epsilon of a LayerNormalization behind a sum with dequantized values.
+            gives_floats=True,
         ),
         auto={
             "matmul": (("int8.ch", "float", _INT8), ("int8.tensor", "float", _INT8)),

@@ -316,3 +316,22 @@ def test_lstm_weights_are_expanded_and_refused_behind_quantized_activations(is_s
         return
     (node,) = [n for n in openvino.executed_graph(path).nodes if n.op == "RNNSeq"]
     assert set(node.input_dtypes) <= {"float32", "int32"}
+
+
+# Sums with codes
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [(1e-1, 0.0, 0.01), (1e-3, 1.0, 9.0)])
+def test_a_layer_norm_behind_a_sum_with_codes_loses_its_epsilon(size, least, most, write):
+    """The scale of the codes is moved behind the normalization, as if epsilon were nothing beside any variance.
+
+    So target openvino leaves what computes in float its floats (`Integers.gives_floats`).
+    """
+    text = """g (float[n, 4, 8] x, float[n, 4, 8] r) => (float[n, 4, 8] y) {
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) u = Add(d, r)
+        y = LayerNormalization <axis = -1, epsilon = 0.00001> (u, g, b) }"""
+    grid = {"s": np.asarray(size / 100, np.float32), "z": np.asarray(128, np.uint8)}
+    path = write(text, 17, **grid, g=np.ones(8, np.float32), b=np.zeros(8, np.float32))
+    feeds = {k: (RNG.standard_normal((2, 4, 8)) * size).astype(np.float32) for k in "xr"}
+    right = runtime.session(path).run(None, feeds)[0]
+    assert least <= np.abs(run(path, **feeds) - right).max() < most

@@ -156,3 +156,25 @@ def test_an_activation_that_comes_out_of_a_quantized_table(target, parse, execut
             qgraph.numerics.sqnr_db(runtime.session(model).run(None, feeds)[0], found.run(feeds)[0])
             > 25
         )
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("target", TARGETS)
+def test_floats_that_a_convolution_and_a_product_add_up_to(size, target, parse, executed, tmp_path):
+    """A residual stream of floats before LayerNormalization, of values whose variance is near epsilon too."""
+    body = """c = Conv <pads = [1, 1, 1, 1], group = 4> (x, d) u = Reshape(c, rows)
+        t0 = Transpose <perm = [0, 2, 1]> (u) l = LayerNormalization <axis = -1> (t0, gain, shift)
+        m = MatMul(l, k4) e = Tanh(m) v = MatMul(e, k5) w = Add(t0, v)
+        y = LayerNormalization <axis = -1> (w, gain, shift)"""
+    constants = {
+        "d": CONSTANTS["d"], "rows": np.array([0, 4, 64], np.int64), "gain": np.ones(4, np.float32),
+        "shift": np.zeros(4, np.float32), "k4": draw(4, 16), "k5": draw(16, 4) * np.float32(0.001),
+    }  # fmt: skip
+    model = parse(f"g (float[n, 4, 8, 8] x) => (float[n, s, c] y) {{ {body} }}", **constants)
+    data = [{"x": draw(2, 4, 8, 8) * np.float32(size)} for _ in range(6)]
+    path = tmp_path / "q.onnx"
+    qgraph.optimize(model, "int8-static", target=target, data=data, output=path)
+    found = executed(path, target)
+    assert found.all_integer
+    want = runtime.session(model).run(None, data[0])[0]
+    assert qgraph.numerics.sqnr_db(want, found.run(data[0])[0]) > 25
