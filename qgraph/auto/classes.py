@@ -98,7 +98,10 @@ def calibrated(recipe: Recipe) -> Recipe:
     )
     changes = {
         "pipeline": static.pipeline,
-        "options": {**static.options, **recipe.options},
+        "options": {
+            name: {**static.options.get(name, {}), **recipe.options.get(name, {})}
+            for name in sorted(static.options.keys() | recipe.options.keys())
+        },
         "min_elements": least,
     }
     return recipe.model_copy(update=changes)

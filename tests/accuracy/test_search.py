@@ -204,3 +204,14 @@ def test_the_report_tells_it(digits, missed):
     assert told["measurements"].keys() == {"alone", "whole"}
     assert {"weight", "label", "from", "to", "alone", "cost"} == told["returned"][0].keys()
     assert "accuracy control" in held.report.seconds
+
+
+def test_activations_get_16_bits_where_the_target_has_them(digits):
+    held = qgraph.optimize(
+        "zoo:tiny-cnn", "int8-static", target="onnx", data=digits, min_sqnr=44, verify="ends"
+    )
+    returned = held.report.control["returned"]
+    assert {each["to"] for each in returned} == {"16-bit activations"}
+    assert len(held.report.quantized) == len(held.ledger)
+    wide = {a.spec for a in held.report.activations}
+    assert "uint16.tensor.asym" in wide

@@ -260,3 +260,13 @@ def test_names_with_special_characters_are_matched_as_they_are():
 
     named = {w.name: assign_precision.match(made.rules, w)[1] for w in weights.find(model)}
     assert named[weight.name].weights == ("float",)
+
+
+def test_options_of_a_person_are_added_to_those_of_calibration():
+    mine = recipes.load("auto", ["options.canonicalize.freeze_inputs=true"])
+    assert auto.is_measured(mine)
+    options = auto.calibrated(mine).options["canonicalize"]
+    assert options == {
+        **recipes.PRESETS["int8-static"].options["canonicalize"],
+        "freeze_inputs": True,
+    }
