@@ -28,6 +28,7 @@ _CHUNK = 1 << 21  # elements of a task
 _RETRIES = 6
 _BLOCK = 512  # columns of the Cholesky factor made at once
 _COLUMNS = 512  # columns of a product that may already decide
+_BAND = 128
 _EXACT = 1024  # up to so many columns the cost is not taken from float32 sums
 _MARGIN = 1e-3  # relative error that such a sum may have
 DAMPING = 0.01  # share of the mean diagonal that is added by default
@@ -55,7 +56,7 @@ class Curvature:
         k = len(self.gram)
         # What carries nothing still needs a code: a unit of cost, the same for all.
         mean = float(np.trace(self.gram)) / max(k, 1) or 1.0
-        backwards = np.ascontiguousarray(self.order[::-1])
+        backwards = self.order[::-1].astype(np.int64)  # numpy is four times as slow with int32
         for _ in range(_RETRIES):
             self.added = self.damping * mean
             lower = self.gram[backwards[:, None], backwards]
@@ -92,7 +93,13 @@ class Curvature:
     @cached_property
     def factor(self) -> Floats:
         """What `native_rounding.feedback` wants: row j of Rᵀ over R_jj."""
-        return np.ascontiguousarray((self.upper / np.diag(self.upper)).T)
+        rows = np.zeros_like(self.upper)
+        for start in range(0, len(rows), _BAND):  # transposed in pieces that stay in the cache
+            for left in range(0, start + _BAND, _BAND):
+                piece = self.upper[left : left + _BAND, start : start + _BAND]
+                rows[start : start + _BAND, left : left + _BAND] = piece.T
+        rows /= np.diag(self.upper)[:, None]
+        return rows
 
     @cached_property
     def energies(self) -> Floats:
@@ -132,7 +139,7 @@ class Curvature:
         """
         e = w - rows.dequantize()
         added = self.added * np.einsum("nk,nk->n", e, e, dtype=np.float64)
-        e = e[:, self.order]
+        e = e[:, self.order.astype(np.int64)]
         left = np.arange(len(e))
         partial = np.zeros(len(e))
         for start in range(0, e.shape[1], _COLUMNS):
