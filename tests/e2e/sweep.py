@@ -268,8 +268,10 @@ def examine(
     row.quantized, row.total = len(report.quantized), len(report.ledger)
     row.float_bytes, row.output_bytes = report.float_bytes, report.output_bytes
     row.integer_macs = report.integer_macs
+    # Static grids: a pair for each activation, and constants for each weight and its bias.
+    steps = len(report.activations) + 2 * len(report.quantized) if report.activations else 0
     row.reasons = dict(collections.Counter(e.code for e in report.ledger if not e.spec))
-    row.problems += [*ledger_problems(result), *file_problems(row, output, len(report.activations))]
+    row.problems += [*ledger_problems(result), *file_problems(row, output, steps)]
     row.other_bytes = unseen_bytes(output, result)
     unseen = [str(d) for d in report.diagnostics if "could not be checked" in d.message]
     if reference.interface is not None:
