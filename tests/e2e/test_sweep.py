@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 FULL = os.environ.get("QGRAPH_FULL") == "1"
 
 STORIES = "lm/stories260K/stories260K.onnx"
+TINY_VIT = "conformance/deeploy/Models/TinyViT/Demo/network.onnx"  # normalizes values of 1e-3
 BITLLAMA = "lm/bitllama_3M/bitllama_3M.onnx"
 RXNMAPPER = "lm/rxnmapper_albert/rxnmapper_albert.onnx"
 MINILM = "encoder/minilm_l6_v2/minilm_l6_v2.onnx"
@@ -93,8 +94,8 @@ def check(tools: Any, folder: Path, models: Any, recipes: Any, targets: Any) -> 
         (REAL, QUICK, ("ort",)),
         (PORTABLE, QUICK, ("onnx",)),
         (PORTABLE[:3], ("int4",), ("openvino",)),
-        ((STORIES, RXNMAPPER, MAGIKA, GTCRN), ("int8-static",), ("ort",)),
-        ((STORIES, RXNMAPPER, MAGIKA, GTCRN), ("int8-static",), ("openvino",)),
+        ((STORIES, RXNMAPPER, MAGIKA, GTCRN, TINY_VIT), ("int8-static",), ("ort",)),
+        ((STORIES, RXNMAPPER, MAGIKA, GTCRN, TINY_VIT), ("int8-static",), ("openvino",)),
     ],
     ids=["ort", "onnx", "openvino", "static-ort", "static-openvino"],
 )
