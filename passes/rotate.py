@@ -16,8 +16,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import Field
 
-from qgraph import errors, graph, online_hadamard, ops, rotations, symmetry
+from qgraph import errors, graph, online_hadamard, ops, opset, rotations, symmetry, weights
 from qgraph.channel_rows import channel_rows
+from qgraph.ops import bodies
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
 from qgraph.symmetry import Group
@@ -44,7 +45,7 @@ class Rotate(Pass):
         """Rotate the values of attention heads, head by head (R2)."""
         online: int = Field(default=0, ge=0)
         """Largest block of the Hadamard transforms that run before linear operators no rotation reaches (R4), a power
-        of two; 0 for none. Needs a target with qgraph's operators."""
+        of two; 0 for none. Left out, with a warning, where the target lacks qgraph's operators."""
         matrix: Literal["hadamard", "pca", "learned"] = "hadamard"
         """"hadamard": with random signs; "pca": principal axes, then Hadamard; "learned": improved on samples. The last
         two need --data."""
@@ -55,11 +56,13 @@ class Rotate(Pass):
         """Rotate `model` in place."""
         options = self.options_as(Rotate.Options)
         self._check(options, ctx)
+        before = graph.opset(model)
+        online = options.online if options.online and _make_ready(model, ctx) else 0
         untied: dict[str, tuple[str, ...]] = {}
         for group in self._legal(model, options):
             untied[group.name] = symmetry.absorb_gains(model, group, spool=ctx.spool).copied
         found = self._legal(model, options)
-        placed = self._online(model, found, options, ctx)
+        placed = self._online(model, found, online, ctx)
         samples = channel_rows(model, found, ctx)
         for number, group in enumerate(found):
             ctx.progress(f"rotating {group.name}", number / len(found))
@@ -69,14 +72,11 @@ class Rotate(Pass):
             _say(group, (*untied.get(group.name, ()), *folded.copied), ctx)
         if not found and not placed:
             _say_nothing(model, ctx)
-        return bool(found or placed)
+        return bool(found or placed) or graph.opset(model) != before
 
     def _check(self, options: Options, ctx: Context) -> None:
         if options.online & (options.online - 1):
             _refuse("online", f"{options.online} is no power of two", "give 32, 64, 128, ...")
-        if options.online and ops.DOMAIN not in _domains(ctx):
-            hint = "--target ort-qgraph, or --set options.rotate.online=0"
-            _refuse("online", f"target {ctx.target.name!r} has no Hadamard operator", hint)
         if options.matrix != "hadamard" and ctx.data is None:
             hint = "give --data (data=...), or matrix = hadamard"
             _refuse("matrix", f"{options.matrix!r} needs samples", hint)
@@ -92,12 +92,12 @@ class Rotate(Pass):
 
     @staticmethod
     def _online(
-        model: ir.Model, found: list[Group], options: Options, ctx: Context
+        model: ir.Model, found: list[Group], online: int, ctx: Context
     ) -> list[online_hadamard.Placed]:
-        if not options.online:
+        if not online:
             return []
         rotated = {m.node for g in found for m in g.readers}
-        placed = online_hadamard.insert(model, rotated, options.online, spool=ctx.spool)
+        placed = online_hadamard.insert(model, rotated, online, spool=ctx.spool)
         for each in placed:
             ctx.report(
                 "note", "QG212", each.activation,
@@ -105,6 +105,24 @@ class Rotate(Pass):
                 + ", ".join(each.readers),
             )  # fmt: skip
         return placed
+
+
+def _make_ready(model: ir.Model, ctx: Context) -> bool:
+    """Raise the opset to that of the operator's body; False, with a warning, where there can be no such operator."""
+    if not any(online_hadamard.is_linear(w) for w in weights.find(model)):
+        return False
+    reason = ""
+    if ops.DOMAIN not in _domains(ctx):
+        reason = f"target {ctx.target.name!r} has no Hadamard operator"
+    elif graph.opset(model) < bodies.MIN_OPSET:
+        try:
+            opset.raise_opset(model, bodies.MIN_OPSET)
+        except errors.UnsupportedError as e:
+            reason = e.diagnostics[0].message
+    if reason:
+        text = f"what no rotation reaches stays as it is: {reason}"
+        ctx.report("warning", "QG216", "rotate", text, "--target ort-qgraph, opset 18 or newer")
+    return not reason
 
 
 def _domains(ctx: Context) -> set[str]:

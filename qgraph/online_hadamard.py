@@ -51,7 +51,7 @@ def insert(
     """
     chosen: dict[ir.Value, list[tuple[Weight, Use, int]]] = {}
     for weight in weights.find(model):
-        if not _is_linear(weight) or any(u.node in rotated for u in weight.uses):
+        if not is_linear(weight) or any(u.node in rotated for u in weight.uses):
             continue
         block = block_of(weight.shape[1], largest)
         for use in weight.uses if block else ():
@@ -68,7 +68,7 @@ def insert(
     return [_before(model, x, readers, names) for x, readers in chosen.items()]
 
 
-def _is_linear(weight: Weight) -> bool:
+def is_linear(weight: Weight) -> bool:
     """Whether all that reads a weight is products with it on the right, in the main graph."""
     if weight.others or weight.is_output or weight.value.is_graph_input():
         return False

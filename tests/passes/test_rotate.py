@@ -95,9 +95,12 @@ def test_the_result_runs_without_the_library_too(tmp_path):
     assert np.allclose(with_ops, without, atol=1e-4 * np.abs(without).max())
 
 
-def test_online_needs_a_target_with_the_operator():
-    with pytest.raises(errors.RecipeError, match="has no Hadamard operator"):
-        rotated("zoo:tiny-llama", target="openvino", online=64)
+def test_a_target_without_the_operator_gets_no_online_transforms_and_a_warning():
+    result = rotated("zoo:tiny-llama", target="openvino", online=64)
+    (warning,) = notes(result, "QG216")
+    assert warning.severity == "warning" and "has no Hadamard operator" in warning.message
+    assert not [n for n in result.model.graph if n.op_type == "Hadamard"]
+    assert notes(result, "QG211")
 
 
 def test_online_blocks_are_powers_of_two():
