@@ -17,6 +17,7 @@ from qgraph.recipe import PRESETS
 # What the worst output may lose, in dB, by the fewest bits of a weight: up to three layers of random numbers, with
 # activations that the kernels round to 8 bits.
 FLOORS = {2: 3.0, 4: 12.0, 8: 28.0}
+WHOLE = 20.0  # one 8-bit scale for a whole tensor, whatever its rows are like
 FLOAT = 100.0
 RUNTIMES = [t for t in registry.names("target") if t != "openvino"]
 SUBNORMAL = "outputs below the smallest normal float32: kernels may flush them to zero"
@@ -49,8 +50,8 @@ def sqnr(odd: Any, outputs: list[list[Any]]) -> float:
 
 def floor(result: qgraph.Result) -> float:
     """What the result must reach."""
-    bits = [qgraph.QuantSpec.parse(e.spec).qtype.bits for e in result.report.quantized]
-    return min((FLOORS[b] for b in bits), default=FLOAT)
+    specs = [qgraph.QuantSpec.parse(e.spec) for e in result.report.quantized]
+    return min((WHOLE if s.is_per_tensor else FLOORS[s.qtype.bits] for s in specs), default=FLOAT)
 
 
 def check_ledger(result: qgraph.Result, model: ir.Model) -> None:
