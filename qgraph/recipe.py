@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qgraph import errors
+from qgraph import errors, registry
 from qgraph.spec import QuantSpec
 
 DEFAULT_PIPELINE = (
@@ -151,6 +151,13 @@ class Recipe(_Strict):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot run without samples: a pass observes, or a solver wants to know a weight's inputs."""
+        solvers = {registry.get("solver", rule.solver) for rule in self.rules}
+        observes = bool({"observe", "smooth"} & set(self.pipeline))
+        return observes or any(s.statistics != "none" for s in solvers)
 
     @staticmethod
     def default() -> Recipe:

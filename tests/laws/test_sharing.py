@@ -33,7 +33,7 @@ def codes(result: qgraph.Result) -> Counter[str]:
 def optimized(name: str, recipe: str, target: str) -> qgraph.Result:
     eager = PRESETS[recipe].model_copy(update={"min_elements": 0})
     model = ODD[name]()
-    data = [feeds(model, seed) for seed in range(2)] if "observe" in eager.pipeline else None
+    data = [feeds(model, seed) for seed in range(2)] if eager.needs_data else None
     return qgraph.optimize(model, eager, target=target, data=data, inspect=False)
 
 

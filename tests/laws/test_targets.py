@@ -90,7 +90,7 @@ def check_model(result: qgraph.Result, before: ir.Model) -> None:
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_runs_and_is_close(odd, eager, recipe, target):
     before = odd.build()
-    data = odd.samples if "observe" in PRESETS[recipe].pipeline else None
+    data = odd.samples if PRESETS[recipe].needs_data else None
     result = qgraph.optimize(before, eager(recipe), target=target, data=data, inspect=False)
     check_model(result, before)
     check_ledger(result, before)
