@@ -47,11 +47,15 @@ class Canonicalize(Pass):
         """Rewrite `model` in place."""
         options = self.options_as(self.Options)
         needed = model.ir_version < 4
-        listed = _unlist_initializers(model) if needed or options.freeze_inputs else 0
+        listed = _unlist_initializers(model) if needed or options.freeze_inputs else []
         if listed and not needed:
-            message = f"{listed} graph inputs with defaults are constants now: callers can no longer override them"
+            names = ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
+            message = (
+                f"{len(listed)} graph inputs with defaults ({names}) are constants now: "
+                "callers can no longer override them"
+            )
             ctx.report("note", "QG215", self.name, message)
-        changed = needed or listed > 0
+        changed = needed or bool(listed)
         changed |= _inline(model)
         changed |= constants.lift(model)
         changed |= einsum.to_matmul(model)
@@ -71,13 +75,13 @@ class Canonicalize(Pass):
         return changed
 
 
-def _unlist_initializers(model: ir.Model) -> int:
-    """Make constants of initializers that are graph inputs too; returns how many. Before IR version 4 all had to be."""
+def _unlist_initializers(model: ir.Model) -> list[str]:
+    """Make constants of initializers that are graph inputs too; returns their names. Before IR version 4 all had to be."""
     listed = [v for v in model.graph.inputs if v.is_initializer()]
     for v in listed:
         model.graph.inputs.remove(v)
     model.ir_version = max(model.ir_version, 4)
-    return len(listed)
+    return [str(v.name) for v in listed]
 
 
 def _inline(model: ir.Model) -> bool:

@@ -148,6 +148,11 @@ def feeds():
 """
 
 
+def heed_interrupts():
+    """Tests that a shell started in the background ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_nothing_behind(environment, cnn, tmp_path_factory, snapshot, number, code):
     folder = tmp_path_factory.mktemp("slow")
@@ -158,7 +163,12 @@ def test_signals_leave_nothing_behind(environment, cnn, tmp_path_factory, snapsh
     args = ("cnn.onnx", "-o", "q.onnx", "-r", "int8-weights", "--data", source, "--min-sqnr", "1")
     command = [sys.executable, "-m", "qgraph", "optimize", *args]
     running = subprocess.Popen(
-        command, cwd=cnn.parent, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        command,
+        cwd=cnn.parent,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 60
     while not ready.exists() and running.poll() is None and time.monotonic() < deadline:
