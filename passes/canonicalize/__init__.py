@@ -76,7 +76,7 @@ class Canonicalize(Pass):
 
 
 def _unlist_initializers(model: ir.Model) -> list[str]:
-    """Make constants of initializers that are graph inputs too; returns their names. Before IR version 4 all had to be."""
+    """Make constants of initializers that are graph inputs too, whose names it returns; before IR 4 all had to be."""
     listed = [v for v in model.graph.inputs if v.is_initializer()]
     for v in listed:
         model.graph.inputs.remove(v)

@@ -17,7 +17,6 @@ from qgraph.recipe import PRESETS
 sys.path.insert(0, str(Path(__file__).parent))
 import real_data
 
-
 TENSOR = PRESETS["int8-tensor"]
 
 
