@@ -2,6 +2,7 @@
 
     python bench/accuracy.py --peers PYTHON --work FOLDER [--models resnet20,minilm] [--tools qgraph,nncf]
                              [--target openvino]
+    python bench/accuracy.py --models mobilenetv2-cifar --tools tensor,tensor-no-equalize,tensor-neither
 
 Models and data lie in the folder that QGRAPH_TEST_DATA names. Every tool gets the same calibration samples, which are
 disjoint from the measured ones (bench/accuracy_models.py), and runs in a process of its own; peers run in the
@@ -29,7 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "e2e"), str(ROOT / "bench")]
 
 PEERS = ("ort-minmax", "ort-entropy", "ort-percentile", "ort-default", "nncf", "nncf-accurate")
-OURS = {"qgraph": "int8-static"}
+# Recipes of ours, and the passes that are taken out of them.
+OURS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "qgraph": ("int8-static", ()),
+    "smooth": ("int8-smooth", ()),
+    "tensor": ("int8-tensor", ()),
+    "tensor-no-equalize": ("int8-tensor", ("equalize",)),
+    "tensor-no-correct": ("int8-tensor", ("correct-bias",)),
+    "tensor-neither": ("int8-tensor", ("equalize", "correct-bias")),
+}
 FIGURES = ("agreement", "top1", "spearman", "cosine_mean", "recall", "precision", "f1", "mean_abs")
 
 
@@ -39,7 +48,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--tools", default=",".join([*OURS, *PEERS]))
+    parser.add_argument("--tools", default=",".join(["qgraph", *PEERS]))
     parser.add_argument("--peers", help="interpreter that has onnxruntime and nncf")
     parser.add_argument("--target", default="ort", choices=("ort", "openvino"))
     parser.add_argument("--work", type=Path, help="keeps models and figures between runs")
@@ -141,11 +150,18 @@ def one(tool: str, name: str, folder: str, target: str, output: str) -> None:
     from accuracy_models import MODELS
 
     import qgraph
+    from qgraph.recipe import load
 
     work = Path(folder)
+    named, out = OURS[tool]
+    recipe = load(named)
+    kept = {
+        "pipeline": tuple(p for p in recipe.pipeline if p not in out),
+        "options": {k: v for k, v in recipe.options.items() if k not in out},
+    }
     result = qgraph.optimize(
         str(MODELS[name].file),
-        OURS[tool],
+        recipe.model_copy(update=kept),
         target=target,
         data=str(work / "samples"),
         output=output,
