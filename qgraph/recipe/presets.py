@@ -120,7 +120,10 @@ PRESETS: dict[str, Recipe] = {
             name="int8-smooth",
             summary="as int8-static, with outliers of activations moved into the weights first: for transformers",
             pipeline=("canonicalize", "smooth", *STATIC_PIPELINE[1:]),
-            options={"canonicalize": {"to_gemm": True}},
+            options={
+                "canonicalize": {"to_gemm": True, "freeze_inputs": True},
+                "smooth": {"insert": True},
+            },
             rules=(
                 _TIED,
                 _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
