@@ -7,12 +7,14 @@ or, one tensor after the other, those of the inputs that they will see behind th
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +22,8 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from qgraph import calibrate, data, errors, registry, weights
-from qgraph.calibrate import grams
+from qgraph import calibrate, cuts, data, errors, registry, weights, workdir
+from qgraph.calibrate import grams, groups
 from qgraph.calibrate.twins import Means, Twins, collect
 from qgraph.observers import Wanted
 from qgraph.passes.solvers import weighted
@@ -34,7 +36,7 @@ from qgraph.spool import Packed
 from qgraph.weights import Weight
 
 _CHUNK = 1 << 20
-Tell = Callable[[Weight, QTensor], None]
+_RECORDED = ("squared_error", "sqnr_db", "elements")
 
 
 @register
@@ -59,75 +61,78 @@ class SolveWeights(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.plan.solved`."""
-        found = {w.name: w for w in weights.find(model)}
-        planned = ctx.plan.quantized()
-        solvers = {d.solver: make_solver(d.solver, ctx) for d in planned}
-        total = sum(found[d.value].nbytes for d in planned) or 1
-        kept: dict[str, Future[Packed]] = {}
-        done = 0
-        with ThreadPoolExecutor(1) as keeper:  # writes one weight while the next is solved
-            for decision, stats, tell in self._with_statistics(model, found, solvers, ctx):
-                weight = found[decision.value]
-                ctx.progress(f"solving {weight.label}", done / total)
-                # What is random depends on the weight's place in the plan, not on the order of solving.
-                rng = np.random.default_rng([ctx.recipe.seed, planned.index(decision)])
-                q = self._solve(weight, decision, solvers[decision.solver], stats, rng, ctx)
-                tell(weight, q)
-                wait(kept.values())
-                kept[weight.name] = keeper.submit(Packed, q, ctx.spool)
-                done += weight.nbytes
-        ctx.plan.solved.update({d.value: kept[d.value].result() for d in planned})
+        decisions = {d.value: d for d in ctx.plan.quantized()}
+        found = {w.name: w for w in weights.find(model) if w.name in decisions}
+        solvers = {d.solver: make_solver(d.solver, ctx) for d in decisions.values()}
+        inputs = {n: _inputs(w, solvers[decisions[n].solver], ctx) for n, w in found.items()}
+        blocks = groups.blocks(cuts.Order(model), list(found.values()), inputs)
+        if ctx.work is not None:
+            plan = hashlib.sha256(ctx.plan.to_json().encode()).hexdigest()
+            ctx.work.require({"plan": plan, "weights": workdir.digest(model)})
+        total, done = sum(w.nbytes for w in found.values()) or 1, 0
+        asking = next((decisions[n] for n, asked in inputs.items() if asked), None)
+        kept: dict[str, Packed] = {}
+        with self._seen(model, asking, ctx) as seen:
+            for number, block in enumerate(blocks):
+                name = f"block-{number:04d}"
+                where = f"block {number + 1} of {len(blocks)}"
+                ctx.progress(where, done / total)
+                solved = _restored(name, ctx)
+                if solved is None:
+                    first = len(ctx.diagnostics)
+                    solved = {}
+                    for weight, q in self._block(block, seen, decisions, solvers, ctx):
+                        solved[weight.name] = q
+                        done += weight.nbytes
+                        ctx.progress(f"{where}, {weight.label}", done / total)
+                    _store(name, solved, first, ctx)
+                else:
+                    for each in block.groups:
+                        for weight in each.weights:
+                            seen.replace(weight, solved[weight.name])
+                            done += weight.nbytes
+                kept.update(solved)
+        ctx.plan.solved.update({name: kept[name] for name in decisions})
         ctx.progress("solved", 1.0)
         return False
 
-    def _with_statistics(
-        self, model: ir.Model, found: dict[str, Weight], solvers: dict[str, Solver], ctx: Context
-    ) -> Iterator[tuple[Decision, WeightStats | None, Tell]]:
-        """Each decision with what its solver wants to know, and whom to tell the result; without statistics first."""
-        asking: dict[str, Decision] = {}
-        wanted: list[tuple[Weight, tuple[str, ...]]] = []
-        plain: list[Decision] = []
-        for decision in ctx.plan.quantized():
-            weight = found[decision.value]
-            inputs = _inputs(weight, solvers[decision.solver], ctx)
-            if inputs:
-                asking[weight.name] = decision
-                wanted.append((weight, inputs))
-            else:
-                plain.append(decision)
-        if not wanted:
-            yield from ((decision, None, _no_one) for decision in plain)
+    def _block(
+        self,
+        block: groups.Block,
+        seen: _Seen,
+        decisions: Mapping[str, Decision],
+        solvers: Mapping[str, Solver],
+        ctx: Context,
+    ) -> Iterator[tuple[Weight, Packed]]:
+        """Solve the weights of a block; each is written while the next is solved."""
+        places = {name: place for place, name in enumerate(decisions)}
+        waiting: list[tuple[Weight, Future[Packed]]] = []
+        with ThreadPoolExecutor(1) as keeper:
+            for weight, stats in seen.of(block, ctx):
+                decision = decisions[weight.name]
+                # What is random depends on the weight's place in the plan, not on the order of solving.
+                rng = np.random.default_rng([ctx.recipe.seed, places[weight.name]])
+                q = self._solve(weight, decision, solvers[decision.solver], stats, rng, ctx)
+                seen.replace(weight, q)
+                for before, future in waiting:
+                    yield before, future.result()
+                waiting = [(weight, keeper.submit(Packed, q, ctx.spool))]
+            for before, future in waiting:
+                yield before, future.result()
+
+    @contextlib.contextmanager
+    def _seen(self, model: ir.Model, asking: Decision | None, ctx: Context) -> Iterator[_Seen]:
+        """What tells about the inputs of weights; `asking` is the first that wants to know."""
+        if asking is None:
+            yield _Seen()
             return
-        dataset = _dataset(model, next(iter(asking.values())), ctx)
         options = self.options_as(SolveWeights.Options)
-        if options.inputs == "quantized":
-            with tempfile.TemporaryDirectory(prefix="qgraph-twins-") as folder:
-                twins = Twins(model, dataset, Path(folder), ctx.threads)
-
-                def tell(weight: Weight, q: QTensor) -> None:
-                    twins.replace(weight.name, weight.matrix.back(q.dequantize(), weight.dims))
-
-                yield from ((decision, None, tell) for decision in plain)
-                for inputs, group in _by_inputs(wanted):
-                    ctx.progress(f"calibrating {', '.join(inputs)}", 0.0)
-                    halves = collect(twins, group, inputs)
-                    for weight, known in _from_means(halves, group, inputs, ctx):
-                        yield asking[weight.name], known, tell
+        dataset = _dataset(model, asking, ctx)
+        if options.inputs == "float":
+            yield _Float(model, dataset, options)
             return
-        yield from ((decision, None, _no_one) for decision in plain)
-        for batch in grams.batches(wanted, options.gram_memory << 20):
-            names = dict.fromkeys(n for _, inputs in batch for n in inputs)
-            stats = calibrate.run(
-                model,
-                dataset,
-                dict.fromkeys(names, Wanted(gram=True)),
-                threads=ctx.threads,
-                max_memory=options.max_memory << 20,
-                progress=ctx.progress,
-            )
-            held = grams.Grams(stats)
-            for weight, inputs in batch:
-                yield asking[weight.name], _known(held.of(inputs), weight, inputs, ctx), _no_one
+        with tempfile.TemporaryDirectory(prefix="qgraph-twins-") as folder:
+            yield _Quantized(Twins(model, dataset, Path(folder), ctx.threads))
 
     def _solve(
         self,
@@ -148,6 +153,96 @@ class SolveWeights(Pass):
             squared_error=error, sqnr_db=sqnr, elements=w.size
         )
         return q
+
+
+class _Seen:
+    """Statistics for the weights of each block: none here."""
+
+    def of(self, block: groups.Block, ctx: Context) -> Iterator[tuple[Weight, WeightStats | None]]:
+        """The weights of a block with what is known about their inputs."""
+        for group in block.groups:
+            yield from ((weight, None) for weight in group.weights)
+
+    def replace(self, weight: Weight, q: QTensor) -> None:
+        """Hear how a weight was solved."""
+
+
+class _Float(_Seen):
+    """Those of the float model."""
+
+    def __init__(
+        self, model: ir.Model, dataset: data.Dataset, options: SolveWeights.Options
+    ) -> None:
+        self._model, self._dataset, self._options = model, dataset, options
+
+    def of(self, block: groups.Block, ctx: Context) -> Iterator[tuple[Weight, WeightStats | None]]:
+        asked = [(w, g.inputs) for g in block.groups for w in g.weights]
+        yield from ((w, None) for w, inputs in asked if not inputs)
+        wanted = [(w, inputs) for w, inputs in asked if inputs]
+        for batch in grams.batches(wanted, self._options.gram_memory << 20):
+            names = dict.fromkeys(n for _, inputs in batch for n in inputs)
+            stats = calibrate.run(
+                self._model,
+                self._dataset,
+                dict.fromkeys(names, Wanted(gram=True)),
+                threads=ctx.threads,
+                max_memory=self._options.max_memory << 20,
+            )
+            held = grams.Grams(stats)
+            for weight, inputs in batch:
+                yield weight, _known(held.of(inputs), weight, inputs, ctx)
+
+
+class _Quantized(_Seen):
+    """Those of a model whose weights are quantized up to the block."""
+
+    def __init__(self, twins: Twins) -> None:
+        self._twins = twins
+
+    def of(self, block: groups.Block, ctx: Context) -> Iterator[tuple[Weight, WeightStats | None]]:
+        for group in block.groups:
+            if not group.inputs:
+                yield from ((weight, None) for weight in group.weights)
+                continue
+            held = list(group.weights)
+            halves = collect(self._twins, held, group.inputs)
+            yield from _from_means(halves, held, group.inputs, ctx)
+
+    def replace(self, weight: Weight, q: QTensor) -> None:
+        self._twins.replace(weight.name, weight.matrix.back(q.dequantize(), weight.dims))
+
+
+def _store(name: str, solved: Mapping[str, Packed], first: int, ctx: Context) -> None:
+    """Keep a block's results, and the findings from number `first` on, in the work folder."""
+    if ctx.work is None:
+        return
+    facts = [
+        {"name": n, **q.facts, "record": {k: ctx.records[n][k] for k in _RECORDED}}
+        for n, q in solved.items()
+    ]
+    arrays = {
+        f"{index}.{key}": array
+        for index, q in enumerate(solved.values())
+        for key, array in q.arrays.items()
+    }
+    found = [asdict(d) for d in ctx.diagnostics[first:]]
+    ctx.work.store(name, arrays, {"weights": facts, "diagnostics": found})
+
+
+def _restored(name: str, ctx: Context) -> dict[str, Packed] | None:
+    """The results of a block that was finished before the work was interrupted."""
+    held = None if ctx.work is None else ctx.work.load(name)
+    if held is None:
+        return None
+    arrays, facts = held
+    solved = {}
+    for index, each in enumerate(facts["weights"]):
+        prefix = f"{index}."
+        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        solved[each["name"]] = Packed.restored(each, own, ctx.spool)
+        ctx.records.setdefault(each["name"], {}).update(each["record"])
+    ctx.diagnostics.extend(errors.Diagnostic(**each) for each in facts["diagnostics"])
+    return solved
 
 
 def _dataset(model: ir.Model, decision: Decision, ctx: Context) -> data.Dataset:
@@ -179,18 +274,8 @@ def _inputs(weight: Weight, solver: Solver, ctx: Context) -> tuple[str, ...]:
     return inputs
 
 
-def _by_inputs(
-    wanted: list[tuple[Weight, tuple[str, ...]]],
-) -> Iterator[tuple[tuple[str, ...], list[Weight]]]:
-    """Weights that read the same tensors, group by group, in the order of their first."""
-    groups: dict[tuple[str, ...], list[Weight]] = {}
-    for weight, inputs in wanted:
-        groups.setdefault(inputs, []).append(weight)
-    yield from groups.items()
-
-
 def _from_means(
-    halves: tuple[Means, Means], group: list[Weight], inputs: tuple[str, ...], ctx: Context
+    halves: tuple[Means, Means], group: Sequence[Weight], inputs: tuple[str, ...], ctx: Context
 ) -> Iterator[tuple[Weight, WeightStats | None]]:
     """What is known about each weight of a group; the Gram matrix is shared."""
     whole = halves[0] + halves[1]
@@ -210,10 +295,6 @@ def _from_means(
         cross = gram + share * (stats.cross - gram)
         offset = None if stats.offset is None else share * stats.offset
         yield weight, replace(known, cross=cross, offset=offset)
-
-
-def _no_one(weight: Weight, q: QTensor) -> None:
-    """Nobody waits for the result."""
 
 
 def _known(

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qgraph import accuracy, auto, errors, files, ledger, registry
+from qgraph import accuracy, auto, errors, files, ledger, registry, workdir
 from qgraph import recipe as recipes
 from qgraph import verify as verifier
 from qgraph.data import Dataset, inputs_of, load
@@ -25,6 +25,7 @@ from qgraph.pipeline import Context, Instrument, Pipeline, Timer
 from qgraph.report import Entry, Report
 from qgraph.spool import Spool
 from qgraph.target import Target
+from qgraph.workdir import WorkDir
 
 VERIFY = ("each", "ends", "off")
 MAX_TIME = 300.0
@@ -81,6 +82,7 @@ def optimize(
     max_time: float = MAX_TIME,
     external_data: bool | None = None,
     threads: int = 0,
+    work_dir: str | os.PathLike[str] | None = None,
     instruments: Sequence[Instrument] = (),
     progress: Callable[[str, float], None] | None = None,
 ) -> Result:
@@ -104,6 +106,7 @@ def optimize(
             0 only checks the floors.
         external_data: weights beside the model; default: only over 256 MB.
         threads: for solvers; 0 is one per core.
+        work_dir: folder of finished work, where an interrupted run goes on; made if missing, emptied when all is done.
         instruments: watch the passes.
         progress: called with what is being done and the share done, 0..1.
 
@@ -134,9 +137,12 @@ def optimize(
         data = load(data, inputs_of(model))
         floors = replace(floors, data=data)
     report = _new_report(model, work, chosen, goal, destination)
+    kept = None
+    if work_dir is not None:
+        kept = WorkDir(work_dir, _work(work, chosen, data))
     spool = Spool(destination.parent if destination else None)
     first = auto.observing(chosen) if is_measured else chosen
-    ctx = Context(goal, first, data=data, spool=spool, threads=threads)
+    ctx = Context(goal, first, data=data, spool=spool, work=kept, threads=threads)
     ctx.progress, ctx.inspect = progress or ctx.progress, inspect
     timer, checker = Timer(), EquivalenceChecker()
     checkpoint = accuracy.Checkpoint(stops=is_measured)
@@ -189,6 +195,8 @@ def optimize(
         result = Result(work, report, report.metrics)
         if destination is not None:
             result.path = files.publish(staged, destination, force=force)
+        if kept is not None and pipeline.passes[-1].name in timer.seconds:
+            kept.clear()
     ctx.progress("done", 1.0)
     return result
 
@@ -292,6 +300,16 @@ def _refuse_broken(model: ir.Model) -> None:
         raise errors.InputError(
             *(errors.Diagnostic("error", d.code, d.where, d.message, d.hint) for d in found[:10])
         )
+
+
+def _work(model: ir.Model, chosen: recipes.Recipe, data: Dataset | None) -> dict[str, Any]:
+    """What the results of a run depend on."""
+    return {
+        "model": workdir.digest(model),
+        "recipe": chosen.model_dump(mode="json"),
+        "data": "none" if data is None else data.digest(),
+        "versions": _versions(),
+    }
 
 
 def _versions() -> dict[str, str]:

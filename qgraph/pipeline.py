@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qgraph.recipe import Recipe
     from qgraph.report import Operator
     from qgraph.target import Target
+    from qgraph.workdir import WorkDir
 
 
 class Fact(enum.Enum):
@@ -62,7 +63,7 @@ class Context:
     """What travels beside the model: target, recipe, data, plan, findings, and where to put large things.
 
     `placed` is what insert-qdq wrote for static grids, `operators` what the operators of the float model cost, by
-    output; `inspect` says that the target's runtime may be asked what it executes.
+    output; `inspect` says that the target's runtime may be asked what it executes; `work` keeps finished work.
     """
 
     target: Target
@@ -78,6 +79,7 @@ class Context:
     inspect: bool = True
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     spool: Spool = field(default_factory=Spool)
+    work: WorkDir | None = None
     threads: int = 1
     progress: Callable[[str, float], None] = lambda what, share: None
 

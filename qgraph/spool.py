@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from qgraph import numerics
-from qgraph.spec import Codes, QTensor
+from qgraph.spec import Codes, QTensor, QuantSpec
 
 ALIGNMENT = 4096
 
@@ -28,16 +29,41 @@ class Packed(QTensor):
 
     def __init__(self, q: QTensor, spool: Spool) -> None:
         zero_point = None if q.zero_point is None else spool.keep(q.zero_point)
-        kept = {
-            "spec": q.spec,
-            "packed": spool.keep_codes(q.codes, q.spec.qtype.stored_bits),
-            "scale": spool.keep(q.scale),
-            "zero_point": zero_point,
-            "error": q.error,
-            "_shape": q.shape,
-        }
-        for name, value in kept.items():  # frozen: nothing else may set them
+        self._set(
+            spec=q.spec,
+            packed=spool.keep_codes(q.codes, q.spec.qtype.stored_bits),
+            scale=spool.keep(q.scale),
+            zero_point=zero_point,
+            error=q.error,
+            _shape=q.shape,
+        )
+
+    @staticmethod
+    def restored(facts: Mapping[str, Any], arrays: Mapping[str, Any], spool: Spool) -> Packed:
+        """What `facts` and `arrays` of another one tell, on a spool."""
+        made = object.__new__(Packed)
+        made._set(
+            spec=QuantSpec.parse(facts["spec"]),
+            error=float(facts["error"]),
+            _shape=tuple(facts["shape"]),
+            **{"zero_point": None, **{name: spool.keep(array) for name, array in arrays.items()}},
+        )
+        return made
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():  # frozen: nothing else may set them
             object.__setattr__(self, name, value)
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Codes as they are packed, scales and zero points, by name."""
+        found: dict[str, npt.NDArray[Any]] = {"packed": self.packed, "scale": self.scale}
+        return found if self.zero_point is None else {**found, "zero_point": self.zero_point}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is no array, as JSON can hold it."""
+        return {"spec": str(self.spec), "error": self.error, "shape": list(self.shape)}
 
     @property
     def shape(self) -> tuple[int, int]:

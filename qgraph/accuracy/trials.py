@@ -55,6 +55,7 @@ def branch(ctx: Context) -> Context:
         operators=dict(ctx.operators),
         placed=None,
         rng=copy.deepcopy(ctx.rng),
+        work=None,  # it is for one plan
     )
 
 

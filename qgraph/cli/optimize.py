@@ -61,6 +61,16 @@ External = Annotated[
         show_default=False,
     ),
 ]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir",
+        metavar="DIR",
+        help="Keep finished work in DIR: the same command goes on there after an interruption. Emptied at the end.",
+        rich_help_panel=options.OUTPUT,
+        show_default=False,
+    ),
+]
 Quiet = Annotated[
     bool,
     typer.Option(
@@ -129,6 +139,7 @@ def optimize(
     force: options.Force = False,
     external_data: External = None,
     threads: options.Threads = 0,
+    work_dir: WorkDir = None,
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -167,6 +178,7 @@ def optimize(
             max_time=max_time,
             external_data=external_data,
             threads=threads,
+            work_dir=work_dir,
             instruments=watchers,
             progress=progress,
         )
