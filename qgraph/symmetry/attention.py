@@ -58,7 +58,20 @@ def _activations(c: Channels, node: ir.Node, a: ir.Value, b: ir.Value) -> None:
         return
     rank = max(r for r in ranks if r is not None)
     left = None if x is None else padded(x.labels, rank)
-    right = None if y is None else padded(y.labels, rank).swapaxes(-1, -2)
+    right = None if y is None else padded(y.labels, rank)
+    found = activations(c, node, left, right)
+    if found is not None:
+        c.put(node.outputs[0], found)
+
+
+def activations(
+    c: Channels, node: ir.Node, left: Labels | None, right: Labels | None
+) -> Labels | None:
+    """Labels of the product of two activations with labels of one rank, None where one is not followed."""
+    if right is not None:
+        right = right.swapaxes(-1, -2)
+    held = [m for m in (left, right) if m is not None]
+    rank = held[0].ndim
     # Now the last axis of both is the one that is summed over.
     summed = [m for m in (left, right) if m is not None and m.shape[-1] > 1]
     free = [m for m in (left, right) if m is not None and m.shape[-2] > 1]
@@ -66,7 +79,7 @@ def _activations(c: Channels, node: ir.Node, a: ir.Value, b: ir.Value) -> None:
     if len(free) == 2 or any(m is n for m in free for n in summed):
         for each in held:
             c.pin(each, node, "multiplies two activations with channels on several axes")
-        return
+        return None
     if len(summed) == 2:
         _scores(c, node, summed[0], summed[1], rank)
     else:
@@ -76,7 +89,7 @@ def _activations(c: Channels, node: ir.Node, a: ir.Value, b: ir.Value) -> None:
     if len(carried) > 1:
         for each in carried:
             c.pin(each, node, "multiplies two activations with channels on a common axis")
-        return
+        return None
     for each in batch:
         if not any(each is m for m in (*carried, *summed)):
             c.pin(each, node, "multiplies two activations with channels on a common axis")
@@ -84,7 +97,8 @@ def _activations(c: Channels, node: ir.Node, a: ir.Value, b: ir.Value) -> None:
         c.part(each, range(rank - 2))
         if not free:
             c.limit(each, node, "multiplies heads with an activation", permute=NONE, rotate=NONE)
-        c.put(node.outputs[0], each.swapaxes(-1, -2) if each is right else each)
+        return each.swapaxes(-1, -2) if each is right else each
+    return None
 
 
 def _scores(c: Channels, node: ir.Node, q: Labels, k: Labels, rank: int) -> None:

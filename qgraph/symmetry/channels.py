@@ -44,6 +44,21 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """An activation one of whose axes holds several, of which not all sizes are known: [batch * heads, seq, d].
+
+    Attributes:
+        labels: along the finer axes, [1, heads, 1, d].
+        dims: of the finer axes.
+        spans: how many of them each axis of the tensor holds, (2, 1, 1).
+    """
+
+    labels: Labels
+    dims: Dims
+    spans: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One constant that is changed when a group is transformed.
 
@@ -82,6 +97,7 @@ class Channels:
         kind: of transform.
         dims: of every value, as far as shape inference knows them.
         layouts: labels of activations.
+        joined: of those with joined axes, which few operators pass (see `joined`).
         members: constants met so far.
         gains: factors that rotations have to move.
         seen: activations in graph order, with their labels.
@@ -94,6 +110,7 @@ class Channels:
     kind: Kind
     dims: dict[ir.Value, Dims]
     layouts: dict[ir.Value, Layout] = field(default_factory=dict)
+    joined: dict[ir.Value, Joined] = field(default_factory=dict)
     members: list[Member] = field(default_factory=list)
     gains: list[Gain] = field(default_factory=list)
     seen: list[tuple[ir.Value, Labels]] = field(default_factory=list)
@@ -203,6 +220,14 @@ class Channels:
         self.layouts[v] = Layout(labels, is_square)
         self.seen.append((v, labels))
 
+    def put_joined(self, v: ir.Value, held: Joined) -> None:
+        """From here on `v` is followed, through few operators if axes are joined."""
+        if max(held.spans, default=1) == 1:
+            self.put(v, held.labels)
+        else:
+            self.joined[v] = held
+            self.seen.append((v, held.labels))
+
     def add(
         self,
         role: Role,
@@ -235,8 +260,8 @@ class Channels:
             return held.labels.ndim
         return len(self.dims[v]) if v in self.dims else None
 
-    def varies(self, v: ir.Value, labels: Labels) -> bool:
-        """True if `v`, broadcast to the labels' axes, may differ between channels."""
+    def varies(self, v: ir.Value, labels: Labels, only: int | None = None) -> bool:
+        """True if `v`, broadcast to the labels' axes, may differ between channels, along one axis `only` if given."""
         producer = v.producer()
         if producer is not None and producer.op_type == "Expand" and producer.inputs[0] is not None:
             v = producer.inputs[0]  # copies along an axis are all the same
@@ -248,7 +273,8 @@ class Channels:
         if dims is None:
             return True
         for offset in range(1, min(len(dims), labels.ndim) + 1):
-            if labels.shape[-offset] > 1 and dims[-offset] != 1:
+            is_asked = only is None or only == labels.ndim - offset
+            if is_asked and labels.shape[-offset] > 1 and dims[-offset] != 1:
                 return True
         return False
 

@@ -167,6 +167,7 @@ def merge(c: Channels, node: ir.Node, indices: range | tuple[int, ...]) -> Label
     for i in indices:
         rank = max(rank, c.rank(node.inputs[i]) or 0)
     held = [padded(h.labels, rank) for _, h in tracked]
+    held = one_to_all(c, node, held)
     try:
         shape = np.broadcast_shapes(*(a.shape for a in held))
     except ValueError:
@@ -180,9 +181,12 @@ def merge(c: Channels, node: ir.Node, indices: range | tuple[int, ...]) -> Label
         v = node.inputs[i]
         if v is None or c.layout(v) is not None:
             continue
+        copied = expanded(c, v, labels)
         if graph.is_constant(v):
             if number(v) != 0 and not (c.kind == "permute" and not c.varies(v, labels)):
                 c.add("rider", node, i, labels)
+        elif copied is not None:
+            c.add("rider", copied, 0, labels)
         elif c.varies(v, labels):
             c.pin(labels, node, f"adds {v.name!r}, which is not transformed")
         else:
@@ -190,6 +194,29 @@ def merge(c: Channels, node: ir.Node, indices: range | tuple[int, ...]) -> Label
             c.limit(labels, node, text, scale=NONE, rotate=MEAN)
     c.put(node.outputs[0], labels)
     return labels
+
+
+def one_to_all(c: Channels, node: ir.Node, held: list[Labels]) -> list[Labels]:
+    """Those with several channels; a single channel that is added to all of them stays as it is."""
+    wide = [a for a in held if a.size > 1]
+    if not wide or len(wide) == len(held):
+        return held
+    for each in held:
+        if each.size == 1:
+            c.pin(each, node, "is added to every channel of another activation")
+        else:
+            text = "adds another activation, the same to all channels"
+            c.limit(each, node, text, scale=NONE, rotate=MEAN)
+    return wide
+
+
+def expanded(c: Channels, v: ir.Value, labels: Labels) -> ir.Node | None:
+    """The Expand that copies a constant with channels (a class token) to `v`, if nothing else takes `v`."""
+    node = v.producer()
+    if node is None or node.op_type != "Expand" or node.domain != "" or v.is_graph_output():
+        return None
+    is_own = graph.is_constant(node.inputs[0]) and len(v.uses()) == 1
+    return node if is_own and c.varies(v, labels) else None
 
 
 @rule("Mul")
@@ -210,16 +237,30 @@ def multiply(c: Channels, node: ir.Node) -> None:
         held, other = (x, b) if x is not None else (y, a)
         assert held is not None
         labels = padded(held.labels, max(held.labels.ndim, c.rank(other) or 0))
-        if c.varies(other, labels):
-            text = f"multiplies by {other.name!r}, which differs between channels"
-            c.limit(labels, node, text, permute=NONE, rotate=NONE)
+        _by_activation(c, node, labels, other, "multiplies")
         c.put(node.outputs[0], labels)
+
+
+def _by_activation(c: Channels, node: ir.Node, labels: Labels, other: ir.Value, verb: str) -> None:
+    """A factor that is not followed: where it differs between heads, each head is on its own."""
+    wide = [a for a, n in enumerate(labels.shape) if n > 1]
+    along = [a for a in wide if c.varies(other, labels, only=a)]
+    if not along or along[-1] != wide[-1]:
+        c.part(labels, along)
+        return
+    text = f"{verb} by {other.name!r}, which differs between channels"
+    c.limit(labels, node, text, permute=NONE, rotate=NONE)
 
 
 def _both(c: Channels, node: ir.Node) -> None:
     held = [h.labels for v in node.inputs if (h := c.layout(v)) is not None]
     rank = max(a.ndim for a in held)
     a, b = (padded(each, rank) for each in held)
+    if (a.size == 1) != (b.size == 1):
+        one, wide = (a, b) if a.size == 1 else (b, a)
+        c.pin(one, node, "multiplies every channel of another activation")
+        c.put(node.outputs[0], wide)
+        return
     if c.kind == "scale":
         # s_a s_b would tie three unknowns; with one of them fixed it is a tie of two.
         if c.level(a) != NONE and c.level(b) != NONE:
@@ -275,9 +316,7 @@ def divide(c: Channels, node: ir.Node) -> None:
         by_constant(c, node, 0, 1, is_division=True)
         return
     labels = padded(x.labels, max(x.labels.ndim, c.rank(b) or 0))
-    if c.varies(b, labels):
-        text = f"divides by {b.name!r}, which differs between channels"
-        c.limit(labels, node, text, permute=NONE, rotate=NONE)
+    _by_activation(c, node, labels, b, "divides")
     c.put(node.outputs[0], labels)
 
 

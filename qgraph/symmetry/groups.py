@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from qgraph import graph
-from qgraph.symmetry import attention, elementwise, linear, norms, shapes
+from qgraph.symmetry import attention, elementwise, joined, linear, norms, shapes
 from qgraph.symmetry.channels import (
     ANY,
     FULL,
@@ -34,6 +34,7 @@ __all__ = [
     "attention",
     "elementwise",
     "groups",
+    "joined",
     "linear",
     "norms",
     "shapes",
@@ -138,20 +139,22 @@ def _step(c: Channels, node: ir.Node) -> None:
     domain = "" if node.domain == "ai.onnx" else node.domain
     rule = RULES.get((domain, node.op_type))
     for v in _captured(node):
-        held = c.layout(v)
+        held = c.layout(v) or c.joined.get(v)
         if held is not None:
             c.pin(held.labels, node, "is used in a body")
     tracked = [h for v in node.inputs if (h := c.layout(v)) is not None]
     if any(h.is_square for h in tracked) and node.op_type not in _KEEP_SQUARES:
         for h in tracked:
             c.pin(h.labels, node, "takes squares of channels")
-    if rule is not None:
+    if joined.step(c, node):
+        pass
+    elif rule is not None:
         rule(c, node)
     else:
         for h in tracked:
             c.pin(h.labels, node, f"{node.op_type} is not known to keep channels apart")
     for v in node.outputs:
-        held = c.layout(v)
+        held = c.layout(v) or c.joined.get(v)
         if held is not None and v.is_graph_output():
             c.pin(held.labels, node, f"{v.name!r} is an output of the model")
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.symmetry import elementwise
-from qgraph.symmetry.channels import MEAN, NONE, POSITIVE, Channels, Dims, Labels, padded
+from qgraph.symmetry import axes, elementwise
+from qgraph.symmetry.channels import MEAN, NONE, POSITIVE, Channels, Labels, padded
 from qgraph.symmetry.linear import _ints
 from qgraph.symmetry.registry import rule
 
@@ -48,96 +48,20 @@ def squeeze(c: Channels, node: ir.Node) -> None:
 @rule("Reshape", "Flatten")
 def reshape(c: Channels, node: ir.Node) -> None:
     """Axes are split and joined; those without labels may be of any size."""
-    held = c.layout(node.inputs[0])
-    if held is None:
+    x, out = node.inputs[0], node.outputs[0]
+    held, joined = c.layout(x), None if x is None else c.joined.get(x)
+    if x is None or (held is None and joined is None):
         return
-    before, after = c.dims.get(node.inputs[0]), c.dims.get(node.outputs[0])  # type: ignore[arg-type]
-    labels = None
+    labels = held.labels if held is not None else joined.labels  # type: ignore[union-attr]
+    before = c.dims.get(x) if joined is None else joined.dims
+    after = c.dims.get(out)
+    found = None
     if before is not None and after is not None:
-        labels = reshaped(held.labels, before, after)
-    if labels is None:
-        c.pin(held.labels, node, "it is not known which axes it splits or joins")
+        found = axes.reshaped(labels, before, after)
+    if found is None:
+        c.pin(labels, node, "it is not known which axes it splits or joins")
     else:
-        c.put(node.outputs[0], labels)
-
-
-def reshaped(labels: Labels, before: Dims, after: Dims) -> Labels | None:
-    """Labels after a reshape, or None where sizes that matter are unknown.
-
-    Unknown sizes are matched in order (by name, where both have one); between them the products have to agree.
-    """
-    segments = _segments(before, after)
-    if segments is None or len(before) != labels.ndim:
-        return None
-    full, shape = [1] * len(before), [1] * len(after)
-    for old, new in segments:
-        if all(labels.shape[a] == 1 for a in old):
-            continue
-        for axes, dims, target in ((old, before, full), (new, after, shape)):
-            for a in axes:
-                size = dims[a]
-                if not isinstance(size, int):
-                    return None
-                target[a] = size
-    return np.broadcast_to(labels, full).reshape(shape)
-
-
-def _segments(before: Dims, after: Dims) -> list[tuple[list[int], list[int]]] | None:
-    """Groups of axes, before and after, that hold the same positions; None where that cannot be told."""
-    result: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        a = before[i] if i < len(before) else 1
-        b = after[j] if j < len(after) else 1
-        if isinstance(a, int) and isinstance(b, int):
-            found = _static(before[i:], after[j:])
-        elif a == 1:
-            found = (1, 0)
-        elif b == 1:
-            found = (0, 1)
-        else:
-            found = _unknown(before[i:], after[j:])
-        if found is None:
-            return None
-        result.append((list(range(i, i + found[0])), list(range(j, j + found[1]))))
-        i, j = i + found[0], j + found[1]
-    return result
-
-
-def _static(before: Dims, after: Dims) -> tuple[int, int] | None:
-    """How many axes of known size at the front have the same product."""
-    i, j, a, b = 0, 0, 1, 1
-    while a != b or i + j == 0:
-        is_left = a <= b and i < len(before)
-        dims, k = (before, i) if is_left else (after, j)
-        size = dims[k] if k < len(dims) else None
-        if not isinstance(size, int):
-            return None
-        if is_left:
-            a, i = a * size, i + 1
-        else:
-            b, j = b * size, j + 1
-    return i, j
-
-
-def _unknown(before: Dims, after: Dims) -> tuple[int, int] | None:
-    """How many axes the segment has that begins with an unknown size.
-
-    Where both sides have equally many unknown sizes they are the same ones in order; else the segment reaches to the
-    known sizes at the end.
-    """
-    x, y = before[0], after[0]
-    unknown = [[d for d in dims if not isinstance(d, int)] for dims in (before, after)]
-    if not isinstance(x, int) and not isinstance(y, int) and len(unknown[0]) == len(unknown[1]):
-        crossed = x != y and (x in unknown[1] or y in unknown[0]) and None not in (x, y)
-        return None if crossed else (1, 1)
-    i, j = len(before), len(after)
-    while i > 1 and j > 1:
-        tail = _static(before[i - 1 : 0 : -1], after[j - 1 : 0 : -1])
-        if tail is None:
-            break
-        i, j = i - tail[0], j - tail[1]
-    return i, j
+        c.put_joined(out, found)
 
 
 @rule("Expand", "Tile")
@@ -189,6 +113,8 @@ def concat(c: Channels, node: ir.Node) -> None:
     elementwise.merge(c, node, range(len(node.inputs)))
     for v, h in zip(node.inputs, held, strict=True):
         if h is None and v is not None and not graph.is_constant(v):
+            if elementwise.expanded(c, v, known[0]) is not None:
+                continue  # has its channels transformed
             text = f"stands beside {v.name!r}, which is not transformed"
             for each in known:
                 c.pin(each, node, text)

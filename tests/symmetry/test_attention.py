@@ -59,6 +59,15 @@ def test_queries_and_keys_rotate_alike(found, draw, keys):
     assert (scale.legal, scale.reason) == ("", "sums over channels times another activation's")
 
 
+def test_norms_of_single_heads_in_pieces(found, draw):
+    """x / |x| head by head, as encoders have it without positions: queries and keys still rotate, within heads."""
+    norm = """sq{0} = Mul({1}, {1}) me{0} = ReduceMean(sq{0}, last) ro{0} = Sqrt(me{0}) {2} = Div({1}, ro{0})"""
+    result = attention(found, draw, q=norm.format("q", "qt", "qr"), k=norm.format("k", "kt0", "kt"),
+                       last=np.int64([-1]))  # fmt: skip
+    group = of(result, "rotate", "Q")
+    assert (group.legal, group.blocks.shape) == ("orthogonal", (HEADS, D))
+
+
 def test_rotary_positions_forbid_rotations(found, draw):
     """x cos + (-high, low) sin, with angles that depend on the row."""
     rotary = """lo{0} = Slice({1}, zero, half, last) hi{0} = Slice({1}, half, end, last)
@@ -143,3 +152,41 @@ def test_two_streams_multiplied_out(found, draw):
         y = MatMul(c, O) }"""
     result = found(text, A=draw(12, 8), B=draw(12, 6), O=draw(6, 5))
     assert not any(g.legal for g in result.groups)
+
+
+def joined(found, draw, between="", batch="b", **constants):
+    """Heads are put into the batch, as in torch's MultiheadAttention: [b h, 7, d]."""
+    text = f"""g (float[{batch}, 7, 12] x) => (float[{batch}, 7, 5] y) {{
+        q = MatMul(x, Q) k = MatMul(x, K) v = MatMul(x, V)
+        q4 = Reshape(q, split) k4 = Reshape(k, split) v4 = Reshape(v, split)
+        qt = Transpose <perm = [0, 2, 1, 3]> (q4) kt = Transpose <perm = [0, 2, 1, 3]> (k4)
+        vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+        qj = Reshape(qt, put) kj = Reshape(kt, put) vj0 = Reshape(vt, put)
+        qs = Mul(qj, scale) kf = Transpose <perm = [0, 2, 1]> (kj) s = MatMul(qs, kf)
+        p = Softmax <axis = -1> (s) {between or "vj = Identity(vj0)"} m = MatMul(p, vj)
+        m4 = Reshape(m, part) mt = Transpose <perm = [0, 2, 1, 3]> (m4) j = Reshape(mt, join)
+        y = MatMul(j, O) }}"""
+    return found(
+        text, Q=draw(12, 24), K=draw(12, 24), V=draw(12, 24), O=draw(24, 5),
+        split=np.int64([0, 0, 6, 4]), put=np.int64([-1, 7, 4]), part=np.int64([-1, 6, 7, 4]),
+        join=np.int64([0, 0, 24]), scale=np.float32(0.5), **constants,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", ["b", 2])
+def test_heads_in_the_batch(found, draw, batch):
+    result = joined(found, draw, batch=batch)
+    for writer in ("Q", "V"):
+        group = of(result, "rotate", writer)
+        assert (group.legal, group.blocks.shape) == ("orthogonal", (6, 4))
+    assert of(result, "scale", "V").legal == "diagonal"
+    assert of(result, "scale", "Q").reason == "sums over channels times another activation's"
+    assert [m.value.name for m in of(result, "rotate", "V").readers] == ["O"]
+
+
+def test_what_is_not_followed_in_the_batch_forbids(found, draw):
+    """A Relu would do no harm to permutations; it is not followed there, and is said."""
+    result = joined(found, draw, "vj = Relu(vj0)")
+    assert not any("V" in {m.value.name for m in g.writers} and g.legal for g in result.groups)
+    result = joined(found, draw, "vj = Mul(vj0, each)", each=draw(4))
+    assert not any("V" in {m.value.name for m in g.writers} and g.legal for g in result.groups)

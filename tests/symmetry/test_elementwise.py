@@ -224,3 +224,50 @@ def test_outputs_of_the_model_stay(found, draw):
     result = found(text, A=draw(6, 8), B=draw(8, 5))
     assert result.only == {"permute": "", "scale": "", "rotate": ""}
     assert result.reason("permute") == "MatMul: 'h' is an output of the model"
+
+
+def experts(found, draw, op):
+    """x A scaled by (or added to) one channel of x R: a router's share."""
+    text = f"""g (float[m, 6] x) => (float[m, 5] y) {{
+        h = MatMul(x, A) r = MatMul(x, R) s = Softmax(r) one = Slice(s, zero, end, last)
+        p = {op}(h, one) y = MatMul(p, B) }}"""
+    return found(text, A=draw(6, 8), R=draw(6, 3), B=draw(8, 5), zero=np.int64([0]),
+                 end=np.int64([1]), last=np.int64([-1]))  # fmt: skip
+
+
+def test_one_channel_times_all(found, draw):
+    result = experts(found, draw, "Mul")
+    for kind, legal in (
+        ("permute", "permutation"),
+        ("scale", "diagonal"),
+        ("rotate", "orthogonal"),
+    ):
+        (group,) = [g for g in result.of(kind) if g.size == 8]
+        assert (group.legal, group.block) == (legal, 8)
+
+
+def test_one_channel_added_to_all(found, draw):
+    result = experts(found, draw, "Add")
+    (rotate,) = [g for g in result.of("rotate") if g.size == 8]
+    assert rotate.legal == "orthogonal" and rotate.keeps_mean
+    (scale,) = [g for g in result.of("scale") if g.size == 8]
+    assert (scale.legal, scale.reason) == ("", "adds another activation, the same to all channels")
+    (permute,) = [g for g in result.of("permute") if g.size == 8]
+    assert permute.legal == "permutation"
+
+
+def test_a_class_token_is_transformed(found, draw):
+    """A constant that is copied to every row of the batch and put in front."""
+    text = """g (float[b, 7, 6] x) => (float[b, 8, 5] y) {
+        h = MatMul(x, A) n = Shape <start = 0, end = 1> (x) s = Concat <axis = 0> (n, rest)
+        t = Expand(token, s) c = Concat <axis = 1> (t, h) y = MatMul(c, B) }"""
+    constants = {"A": draw(6, 8), "B": draw(8, 5), "token": draw(1, 1, 8), "rest": [1, 8]}
+    result = found(text, **constants)
+    assert result.only == {"permute": "permutation", "scale": "diagonal", "rotate": "orthogonal"}
+    # Where something else takes the copies, they have to stay as they are.
+    text = text.replace("y = ", "z = Sigmoid(t) y = ").replace(
+        "(float[b, 8, 5] y)", "(float[b, 8, 5] y, float[b, 1, 8] z)"
+    )
+    result = found(text, **constants)
+    assert result.legal("rotate") == [""]
+    assert result.reason("rotate") == "Concat: adds 't', which is not transformed"

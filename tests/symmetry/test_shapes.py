@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qgraph import files, symmetry
-from qgraph.symmetry.shapes import reshaped
+from qgraph.symmetry.axes import reshaped
 
 ALL = {"permute": "permutation", "scale": "diagonal", "rotate": "orthogonal"}
 
@@ -68,30 +68,51 @@ def test_a_reshape_of_unknown_sizes(draw):
         (("b", "s", 8), ("b", "s", 2, 4), (1, 1, 2, 4)),
         (("b", "s", 8), ("t", 8), (1, 8)),
         (("t", 8), (1, "s", 8), (1, 1, 8)),
-        (("b", 8, "s"), ("b", 2, 4, "s"), None),
+        (("b", 8, "s"), ("b", 2, 4, "s"), (1, 2, 4, 1)),
         ((4, "s", 8), (4, "s", 8), (1, 1, 8)),
         ((2, 3, 8), (6, 8), (1, 8)),
         ((2, 3, 8), (48,), (48,)),
         ((None, 8), (None, 4, 2), (1, 4, 2)),
-        (("a", "b", 8), ("b", "a", 8), None),
+        (("a", "b", 8), ("b", "a", 8), (1, 1, 8)),
+        (("a", 8, "b", 3), ("a", 8, "c", 3), (1, 8, 1, 1)),
         ((3, 8), (4, 6), (4, 6)),
         ((3, 8), ("x", 6), None),
     ],
 )
 def test_how_axes_are_matched(before, after, shape):
-    labels = np.arange(8).reshape([1] * (len(before) - 1) + [8])
-    if before == ("b", 8, "s"):
-        labels = labels.reshape(1, 8, 1)
-        shape = (1, 2, 4, 1)
+    place = before.index(8) if 8 in before else len(before) - 1
+    labels = np.arange(8).reshape([-1 if a == place else 1 for a in range(len(before))])
     found = reshaped(labels, before, after)
-    assert (None if found is None else found.shape) == shape
+    assert (None if found is None else found.labels.shape) == shape
+    assert found is None or set(found.spans) == {1}
 
 
 def test_channels_keep_their_order_in_a_reshape():
     labels = np.arange(8).reshape(1, 8, 1)
     np.testing.assert_array_equal(
-        reshaped(labels, ("b", 8, 3), ("b", 2, 12)).ravel(), np.repeat(np.arange(8), 3)
+        reshaped(labels, ("b", 8, 3), ("b", 2, 12)).labels.ravel(), np.repeat(np.arange(8), 3)
     )
+
+
+@pytest.mark.parametrize("name", ["4*b", "unknown", None])
+def test_heads_joined_with_the_batch_and_parted_again(name):
+    labels = np.arange(8).reshape(1, 4, 1, 2)
+    joined = reshaped(labels, ("b", 4, "s", 2), (name, "s", 2))
+    assert joined.spans == (2, 1, 1)
+    np.testing.assert_array_equal(joined.labels, labels)
+    parted = reshaped(joined.labels, joined.dims, ("b", 4, "s", 2))
+    assert parted.spans == (1, 1, 1, 1)
+    np.testing.assert_array_equal(parted.labels, labels)
+
+
+def test_heads_parted_from_a_batch_that_knows_nothing_of_them():
+    """[4 batch, 8] -> [batch, 32]: every fourth of the row is another row's."""
+    found = reshaped(np.arange(8).reshape(1, 8), ("4*b", 8), ("b", 32))
+    np.testing.assert_array_equal(found.labels, np.tile(np.arange(8), 4)[None])
+
+
+def test_a_batch_that_does_not_divide():
+    assert reshaped(np.arange(6).reshape(1, 6), ("b", 6), ("c", 4)) is None
 
 
 @pytest.mark.parametrize("opset", [13, 18])
