@@ -43,6 +43,14 @@ _REST = (
     _rule("rnn", "int8.ch", "int8.tensor", FLOAT),
 )
 
+_STATIC = (
+    _TIED,
+    _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
+    _rule("linear", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
+    _rule("conv", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
+    _rule("rnn", AUTO, min_elements=1024),
+)
+
 
 # A head that was tied to the embedding takes the gain of the last norm when the model is rotated, and is untied so.
 _HEAD = Rule(id="head", ops=_KIND_OPS["linear"], head=True, weights=("int8.g32", "int8.ch", FLOAT))
@@ -94,13 +102,7 @@ PRESETS: dict[str, Recipe] = {
             pipeline=STATIC_PIPELINE,
             # A weight that callers may override has no grid; exporters list all weights as inputs for no reason.
             options={"canonicalize": {"to_gemm": True, "freeze_inputs": True}},
-            rules=(
-                _TIED,
-                _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
-                _rule("linear", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
-                _rule("conv", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
-                _rule("rnn", AUTO, min_elements=1024),
-            ),
+            rules=_STATIC,
             min_elements=1,
         ),
         Recipe(
@@ -124,13 +126,7 @@ PRESETS: dict[str, Recipe] = {
                 "canonicalize": {"to_gemm": True, "freeze_inputs": True},
                 "smooth": {"insert": True},
             },
-            rules=(
-                _TIED,
-                _rule("embedding", "int8.ch", "int8.g32", FLOAT, min_elements=1024),
-                _rule("linear", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
-                _rule("conv", "int8.ch", "int8.tensor", FLOAT, activations=STATIC),
-                _rule("rnn", AUTO, min_elements=1024),
-            ),
+            rules=_STATIC,
             min_elements=1,
         ),
         Recipe(
