@@ -50,6 +50,18 @@ int64_t qg_count_floats(const float* x, int64_t n, int64_t* counts, float* extre
   return lost;
 }
 
+int32_t qg_range_errors(int32_t isa, const QgRangeErrors* task) {
+  using namespace qgraph;
+  if (task == nullptr || task->edges < 0 || task->ranges < 0 || task->edges % 8 != 0) {
+    return QG_INVALID_ARGUMENT;
+  }
+  if (isa >= 0 && !qg_isa_is_supported(isa)) return QG_ISA_NOT_AVAILABLE;
+  kernels_for(isa < 0 ? best_isa() : static_cast<Isa>(isa))
+      ->range_errors({task->at, task->weight, task->edges, task->ranges, task->grids, task->outside,
+                      task->within, task->step, task->errors});
+  return QG_OK;
+}
+
 int64_t qg_table_open(int64_t* counts, int64_t* totals) {
   using namespace qgraph;
   try {

@@ -79,6 +79,22 @@ QG_EXPORT int32_t qg_pack(const uint8_t* codes, int64_t rows, int64_t cols, int3
 // Returns how many values were NaN or infinite; their buckets are zero before and after.
 QG_EXPORT int64_t qg_count_floats(const float* x, int64_t n, int64_t* counts, float* extremes);
 
+// For each of several grids the sum over i of
+//     weight[i] * (outside * t^3 - within * clamp(t, -1/2, 1/2)^3 + step * n),
+// n = at[i] * inverse rounded, half to even, within [low, high], and t = at[i] * inverse - n.
+// Eight sums, of the edges i = j modulo 8, are added pairwise: every instruction set gives the same
+// bits. at and weight have `edges` numbers, a multiple of 8; the others `ranges`.
+struct QgRangeErrors {
+  const double* at;
+  const double* weight;
+  int64_t edges, ranges;
+  const double* grids;  // [3, ranges]: inverse, low and high
+  double outside, within, step;
+  double* errors;
+};
+
+QG_EXPORT int32_t qg_range_errors(int32_t isa, const struct QgRangeErrors* task);
+
 // A table for nodes ai.qgraph.calibration::Observe whose attribute `table` is the key that this
 // returns (0 where there is no memory): each run adds to counts [65536] what qg_count_floats would,
 // and to totals [2] how many values were not finite and how many there were. The memory is the

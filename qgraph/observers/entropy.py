@@ -15,7 +15,6 @@ import numpy.typing as npt
 from qgraph.observers.histogram import Doubles
 
 BINS = 2048
-_AT_ONCE = 64  # thresholds whose groups are looked at together: their arrays stay in the cache
 _NOTHING = 1e-4  # the share of Q in a bin that it leaves empty
 
 
@@ -49,25 +48,20 @@ def _divergences(bins: Doubles, tried: npt.NDArray[np.int64], levels: int) -> Do
     """KL(P | Q) in nats for each threshold, given as a number of bins.
 
     Q is constant over the filled bins of a group, so Σ p log q is a sum over groups, and all sums are differences of
-    cumulative ones: no loop over thresholds.
+    cumulative ones: no loop over thresholds. Most groups are those of several thresholds and are looked at once.
     """
     total = bins.sum()
     sums, filled, p_log_p = (
         np.concatenate([[0.0], np.cumsum(each)]) for each in (bins, bins > 0, _x_log_x(bins))
     )
-    edges = _group_edges(int(tried[0]), tried.size, levels)
-    inside, share_q = np.empty(tried.size), np.empty(tried.size)
-    for start in range(0, tried.size, _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        mass, used = sums[edges[part]], filled[edges[part]]
-        mass, used = mass[:, 1:] - mass[:, :-1], used[:, 1:] - used[:, :-1]
-        mean = np.log(np.maximum(mass, 1e-300) / np.maximum(used, 1))
-        mean -= np.log(np.maximum(sums[tried[part]], 1e-300))[:, None]
-        share_q[part] = mean[:, -1]
-        mean *= mass
-        inside[part] = mean.sum(axis=1)
+    first, end, groups = _groups(int(tried[0]), tried.size, levels)
+    mass, used = sums[end] - sums[first], filled[end] - filled[first]
+    log_mean = np.log(np.maximum(mass, 1e-300) / np.maximum(used, 1))
     kept, last = sums[tried], bins[tried - 1]
     beyond = total - kept
+    log_kept = np.log(np.maximum(kept, 1e-300))
+    inside = (mass * log_mean)[groups].sum(axis=1) - kept * log_kept
+    share_q = log_mean[groups[:, -1]] - log_kept
     # The last bin of P also holds what is beyond. Where Q has nothing there, it counts as a small weight.
     is_filled = last > 0
     own = (
@@ -81,10 +75,15 @@ def _divergences(bins: Doubles, tried: npt.NDArray[np.int64], levels: int) -> Do
 
 
 @functools.cache
-def _group_edges(least: int, count: int, levels: int) -> npt.NDArray[np.int32]:
-    """[count, levels + 1]: where the groups of `least` bins, of one more, ... begin and end."""
+def _groups(
+    least: int, count: int, levels: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """All groups, and which of them `least` bins have, one more, ...: first bins, ends and [count, levels] indices."""
     tried = np.arange(least, least + count)
-    return (np.arange(levels + 1) * tried[:, None] // levels).astype(np.int32)
+    edges = np.arange(levels + 1) * tried[:, None] // levels
+    both, index = np.unique(edges[:, :-1] * (BINS + 1) + edges[:, 1:], return_inverse=True)
+    first, end = np.divmod(both, BINS + 1)
+    return first.astype(np.int32), end.astype(np.int32), index.reshape(count, -1).astype(np.int32)
 
 
 def _x_log_x(x: Doubles) -> Doubles:

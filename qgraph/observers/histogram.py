@@ -66,23 +66,23 @@ class FloatHistogram:
 
         Edges are cut at the exact minimum and maximum, so the outermost buckets do not reach past the data.
         """
-        order, low, high = _ascending()
-        counts = self.counts[order]
-        used = np.flatnonzero(counts)
+        used = np.flatnonzero(self.counts)
+        split = int(np.searchsorted(used, BUCKETS // 2))
+        used = np.concatenate([used[: split - 1 if split else None : -1], used[:split]])
+        inner, outer = _magnitudes()
+        magnitude, is_negative = used & 0x7FFF, used >= BUCKETS // 2
+        low = np.where(is_negative, -outer[magnitude], inner[magnitude])
+        high = np.where(is_negative, -inner[magnitude], outer[magnitude])
         return (
-            np.clip(low[used], self.minimum, self.maximum),
-            np.clip(high[used], self.minimum, self.maximum),
-            counts[used].astype(np.float64),
+            np.clip(low, self.minimum, self.maximum),
+            np.clip(high, self.minimum, self.maximum),
+            self.counts[used].astype(np.float64),
         )
 
 
 @functools.cache
-def _ascending() -> tuple[npt.NDArray[np.int64], Doubles, Doubles]:
-    """Bucket numbers from the most negative value up, with the edges of each."""
-    number = np.arange(0x7F80, dtype=np.int64)  # finite and not negative
+def _magnitudes() -> tuple[Doubles, Doubles]:
+    """The edges of each finite bucket that is not negative, the inner and the outer one."""
     edge = (np.arange(0x7F81, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
     edge[-1] = float(2**128)  # the pattern of infinity: one past the largest finite bucket
-    order = np.concatenate([number[::-1] + 0x8000, number])
-    low = np.concatenate([-edge[:0:-1], edge[:-1]])
-    high = np.concatenate([-edge[-2::-1], edge[1:]])
-    return order, low, high
+    return edge[:-1], edge[1:]

@@ -94,6 +94,16 @@ struct FloatExtremes {
   int32_t high = INT32_MIN;
 };
 
+// Sums over the edges of a histogram for each of several grids, in units of the cubed scale.
+struct RangeErrorsTask {
+  const double* at;      // [edges], a multiple of 8
+  const double* weight;  // [edges]
+  int64_t edges, ranges;
+  const double* grids;  // [3, ranges]: one over the scale, the codes' ends less the zero point
+  double outside, within, step;  // of t^3, of what of it lies within half a step, of the integer
+  double* errors;                // [ranges]
+};
+
 struct Kernels {
   const char* name;
   Isa isa;
@@ -110,6 +120,7 @@ struct Kernels {
   // widens the extremes to them. Returns how many values were NaN or infinite.
   int64_t (*count_floats)(const float* x, int64_t n, int64_t* counts, FloatExtremes*);
   int64_t (*count_floats_32)(const float* x, int64_t n, uint32_t* counts, FloatExtremes*);
+  void (*range_errors)(const RangeErrorsTask&);
   int32_t (*probe_read)(const uint8_t* data, int64_t lines);
   int64_t (*probe_dot)(int64_t rounds, int32_t* sink);
 };

@@ -14,6 +14,7 @@
 #include "kernels/kernel.h"
 #include "kernels/probe.h"
 #include "kernels/quantize.h"
+#include "kernels/range_errors.h"
 #include "kernels/ternary_int8.h"
 
 namespace qgraph {
@@ -91,6 +92,7 @@ QG_BLOCKS(ternary_float, FloatShape)
                                    hadamard,                 \
                                    count_floats<int64_t>,    \
                                    count_floats<uint32_t>,   \
+                                   range_errors,             \
                                    probe_read,               \
                                    probe_dot};
 
