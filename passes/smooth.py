@@ -15,32 +15,27 @@ explicit Mul.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import calibrate, data, errors, graph, numerics, symmetry, weights
+from qgraph import calibrate, graph, numerics, scaling, symmetry, weights
 from qgraph.calibrate import rows
 from qgraph.observers import Stats, Wanted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
+from qgraph.scaling import Doubles, Site
 from qgraph.spec import QuantSpec
-from qgraph.symmetry import Group, Member
-
-Doubles: TypeAlias = npt.NDArray[np.float64]
 
 ALPHAS = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))
 _ACTIVATIONS = QuantSpec.parse("uint8.tensor.asym")
 _WEIGHTS = QuantSpec.parse("int8.ch")
-_OUTPUTS = 1024  # output channels that the error is measured on
 _LEAST_GAIN = 0.98  # a factor that leaves more of the error than this is not worth it
 _LEAST_INSERTED = 0.7  # and an operator more is worth it below this
-# The error is measured on few rows: among alphas that are nearly as good as the best, the least extreme one is taken.
-_AS_GOOD, _MIDDLE = 1.1, 0.5
-_CHANNEL_AXIS = {"MatMul": -1, "Gemm": -1, "Conv": 1, "ConvTranspose": 1}
+# Factors follow extremes, and the error is measured on few rows: nearly as good as the best is as good.
+_AS_GOOD = 1.1
 
 
 @register
@@ -65,21 +60,22 @@ class Smooth(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrite `model` in place."""
         options = self.options_as(self.Options)
-        dataset = _dataset(model, ctx)
+        dataset = scaling.dataset(model, ctx, self.name, "needs samples to find outliers")
         inserted = _insert(model) if options.insert else {}
-        sites = _sites(model)
+        sites = scaling.sites(model)
         if not sites:
             return False
-        axes = {r.name: r.axis for s in sites for r in s.readers}
+        axes = scaling.axes(sites)
         wanted = {name: Wanted(channel_axis=axis) for name, axis in axes.items()}
         stats = calibrate.run(model, dataset, wanted, threads=ctx.threads, progress=ctx.progress)
         taken = rows.take(model, dataset, axes, options.rows, _rng(ctx), threads=ctx.threads)
         chosen: list[float] = []
         for count, site in enumerate(sites):
             ctx.progress(f"smoothing {site.group.name}", count / len(sites))
-            needed = _LEAST_INSERTED if site.is_inserted(inserted) else _LEAST_GAIN
+            is_inserted = any(m.node in inserted for m in site.group.writers)
+            needed = _LEAST_INSERTED if is_inserted else _LEAST_GAIN
             alphas = (options.alpha,) if options.alpha else ALPHAS
-            found = site.search(stats, taken, alphas, needed, _rng(ctx))
+            found = _search(site, stats, taken, alphas, needed, _rng(ctx))
             if found is not None:
                 chosen.append(found[0])
                 symmetry.scale(model, site.group, found[1], spool=ctx.spool)
@@ -93,77 +89,35 @@ class Smooth(Pass):
         return bool(chosen)
 
 
-@dataclass
-class _Reader:
-    """One weight that reads a group, and what it reads.
-
-    Attributes:
-        member: of the group.
-        name: of the activation.
-        axis: channel axis of the activation.
-        at: for each of its channels which one of the group it is, [K].
-    """
-
-    member: Member
-    name: str
-    axis: int
-    at: npt.NDArray[np.int64]
-
-    def matrix(self) -> Doubles:
-        """The weight as [N, P, K]: output channels, pixels of a kernel, input channels."""
-        array = np.asarray(graph.array(self.member.value), np.float64)
-        wide = int(np.argmax(self.member.labels.shape))
-        moved = np.moveaxis(array, wide, -1)
-        if self.member.node.op_type == "Conv":
-            return moved.reshape(moved.shape[0], -1, moved.shape[-1])
-        return moved.reshape(-1, 1, moved.shape[-1])
-
-
-@dataclass
-class _Site:
-    """A group of channels that may be scaled, with readers that the search can judge."""
-
-    group: Group
-    readers: list[_Reader] = field(default_factory=list)
-
-    def is_inserted(self, inserted: dict[ir.Node, ir.Value]) -> bool:
-        """True if the factor would stand in a Mul that was written for it."""
-        return any(m.node in inserted for m in self.group.writers)
-
-    def search(
-        self,
-        stats: Stats,
-        taken: dict[str, Doubles],
-        alphas: Sequence[float],
-        needed: float,
-        rng: np.random.Generator,
-    ) -> tuple[float, Doubles] | None:
-        """The best (alpha, factors of the channels [C]); None where nothing leaves less than `needed` of the error."""
-        peak, fitted, largest = (np.zeros(self.group.size) for _ in range(3))
-        judged = []
-        for reader in self.readers:
-            seen = stats[reader.name].channel_absmax
-            if seen is None or not len(taken[reader.name]):
-                return None
-            w = reader.matrix()
-            np.maximum.at(peak, reader.at, seen.astype(np.float64))
-            np.maximum.at(largest, reader.at, np.abs(w).max(axis=(0, 1)))
-            if len(w) > _OUTPUTS:
-                w = w[np.sort(rng.permutation(len(w))[:_OUTPUTS])]
-            judged.append(_Judged(taken[reader.name], w, reader.at))
-            np.maximum.at(fitted, reader.at, np.abs(taken[reader.name][::2]).max(axis=0))
-        if not np.isfinite(peak).all() or not np.isfinite(largest).all():
+def _search(
+    site: Site,
+    stats: Stats,
+    taken: dict[str, Doubles],
+    alphas: Sequence[float],
+    needed: float,
+    rng: np.random.Generator,
+) -> tuple[float, Doubles] | None:
+    """The best (alpha, factors of the channels [C]); None where nothing leaves less than `needed` of the error."""
+    group = site.group
+    peak, fitted, largest = (np.zeros(group.size) for _ in range(3))
+    judged = []
+    for reader in site.readers:
+        seen = stats[reader.name].channel_absmax
+        if seen is None or not len(taken[reader.name]):
             return None
-        plain = sum(j.error(np.ones(self.group.size)) for j in judged)
-        found = {
-            a: sum(j.error(1 / _smoothing(fitted, largest, a)) for j in judged) for a in alphas
-        }
-        least = min(found.values())
-        if not least < needed * plain:
-            return None
-        near = [a for a in alphas if found[a] <= _AS_GOOD * least]
-        alpha = min(near, key=lambda a: abs(a - _MIDDLE))
-        return alpha, 1 / _smoothing(peak, largest, alpha)
+        w = reader.matrix()
+        np.maximum.at(peak, reader.at, seen.astype(np.float64))
+        np.maximum.at(largest, reader.at, np.abs(w).max(axis=(0, 1)))
+        if len(w) > scaling.OUTPUTS:
+            w = w[np.sort(rng.permutation(len(w))[: scaling.OUTPUTS])]
+        judged.append(_Judged(taken[reader.name], w, reader.at))
+        np.maximum.at(fitted, reader.at, np.abs(taken[reader.name][::2]).max(axis=0))
+    if not np.isfinite(peak).all() or not np.isfinite(largest).all():
+        return None
+    plain = sum(j.error(np.ones(group.size)) for j in judged)
+    found = {a: sum(j.error(1 / _smoothing(fitted, largest, a)) for j in judged) for a in alphas}
+    alpha = scaling.choose(found, plain, needed, _AS_GOOD)
+    return None if alpha is None else (alpha, 1 / _smoothing(peak, largest, alpha))
 
 
 @dataclass
@@ -178,8 +132,7 @@ class _Judged:
         self._flat = self.w.reshape(-1, self.w.shape[-1])
         self._fitted, self._held = self.x[::2], self.x[1::2] if len(self.x) > 1 else self.x
         self._expected = self._held @ self._flat.T
-        power = np.square(self._expected).sum(axis=1)
-        self._power = np.where(power > 0, power, 1.0)
+        self._power = scaling.row_powers(self._expected)
 
     def error(self, factors: Doubles) -> float:
         """Mean over rows of |ŷ - y|² / |y|², with x f on an 8-bit grid and w / f on one grid per output channel.
@@ -205,36 +158,9 @@ class _Judged:
 def _smoothing(peak: Doubles, largest: Doubles, alpha: float) -> Doubles:
     """t_j, with a geometric mean of 1; 1 for channels that are never used."""
     used = (peak > 0) & (largest > 0)
-    t = np.ones_like(peak)
-    if used.any():
-        raw = peak[used] ** alpha / largest[used] ** (1 - alpha)
-        t[used] = raw / np.exp(np.log(raw).mean())
-    return t
-
-
-def _sites(model: ir.Model) -> list[_Site]:
-    """Groups that may be scaled, whose readers take one channel along one axis of their weight."""
-    found = []
-    for group in symmetry.groups(model, ["scale"]):
-        if not group.legal or group.bounds or symmetry.would_copy(group):
-            continue
-        readers = [r for m in group.readers if (r := _reader(group, m)) is not None]
-        if readers and len(readers) == len(group.readers):
-            found.append(_Site(group, readers))
-    return found
-
-
-def _reader(group: Group, member: Member) -> _Reader | None:
-    """A reader whose error can be judged; None for others (depthwise and grouped convolutions, gains)."""
-    node = member.node
-    axis = _CHANNEL_AXIS.get(node.op_type)
-    at = group.positions(member)
-    if axis is None or sum(n > 1 for n in at.shape) != 1 or (at < 0).any():
-        return None
-    x = node.inputs[0]
-    if x is None or not x.name or graph.is_constant(x) or member.index != 1:
-        return None
-    return _Reader(member, str(x.name), axis, at.ravel())
+    raw = np.ones_like(peak)
+    raw[used] = peak[used] ** alpha / largest[used] ** (1 - alpha)
+    return scaling.even(raw, used)
 
 
 def _insert(model: ir.Model) -> dict[ir.Node, ir.Value]:
@@ -294,16 +220,3 @@ def _drop_unused(inserted: dict[ir.Node, ir.Value]) -> None:
 
 def _rng(ctx: Context) -> np.random.Generator:
     return np.random.default_rng(ctx.recipe.seed)
-
-
-def _dataset(model: ir.Model, ctx: Context) -> data.Dataset:
-    if ctx.data is None:
-        raise errors.InputError(
-            errors.Diagnostic(
-                "error", "QG131", "smooth", "needs samples to find outliers", "give --data (data=...)"
-            )
-        )  # fmt: skip
-    if not isinstance(ctx.data, data.Dataset):
-        ctx.data = data.load(ctx.data, data.inputs_of(model))
-    dataset: data.Dataset = ctx.data
-    return dataset

@@ -150,6 +150,12 @@ PRESETS: dict[str, Recipe] = {
             rules=(*_TABLES, _int4(32, "round-descent"), *_REST),
         ),
         Recipe(
+            name="int4-awq",
+            summary="as int4, channels that are large on the samples of --data scaled up first (awq): for outliers",
+            pipeline=(DEFAULT_PIPELINE[0], "awq", *DEFAULT_PIPELINE[1:]),
+            rules=(*_TABLES, _int4(32), *_REST),
+        ),
+        Recipe(
             name="w4a8",
             summary="4-bit weights in groups of 32 and int8 activations in qgraph's own operators",
             target="ort-qgraph",

@@ -133,7 +133,7 @@ class Recipe(_Strict):
     def needs_data(self) -> bool:
         """Whether it cannot run without samples: a pass observes, or a solver wants to know a weight's inputs."""
         solvers = {registry.get("solver", rule.solver) for rule in self.rules}
-        observes = bool({"observe", "smooth"} & set(self.pipeline))
+        observes = bool({"observe", "smooth", "awq"} & set(self.pipeline))
         return observes or any(s.statistics != "none" for s in solvers)
 
     @staticmethod

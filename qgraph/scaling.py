@@ -1,0 +1,136 @@
+"""Where channels may be scaled so that readers are easier to quantize, and the choice among factors by what they lose.
+
+A site is a group of channels that `qgraph.symmetry` lets scale, all of whose readers are products with one channel
+along one axis of their weight: then the error of their outputs can be measured on a few rows of their inputs. `smooth`
+and `awq` search such sites; they differ in the factors that they try and in what they quantize to judge them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qgraph import data, errors, graph, symmetry
+from qgraph.pipeline import Context
+from qgraph.symmetry import Group, Member
+
+Doubles: TypeAlias = npt.NDArray[np.float64]
+
+OUTPUTS = 1024  # output channels that an error is measured on
+_CHANNEL_AXIS = {"MatMul": -1, "Gemm": -1, "Conv": 1, "ConvTranspose": 1}
+
+
+@dataclass
+class Reader:
+    """One weight that reads a group, and what it reads.
+
+    Attributes:
+        member: of the group.
+        name: of the activation.
+        axis: channel axis of the activation.
+        at: for each of its channels which one of the group it is, [K].
+    """
+
+    member: Member
+    name: str
+    axis: int
+    at: npt.NDArray[np.int64]
+
+    def matrix(self) -> Doubles:
+        """The weight as [N, P, K]: output channels, pixels of a kernel, input channels."""
+        array = np.asarray(graph.array(self.member.value), np.float64)
+        wide = int(np.argmax(self.member.labels.shape))
+        moved = np.moveaxis(array, wide, -1)
+        if self.member.node.op_type == "Conv":
+            return moved.reshape(moved.shape[0], -1, moved.shape[-1])
+        return moved.reshape(-1, 1, moved.shape[-1])
+
+
+@dataclass
+class Site:
+    """A group of channels that may be scaled, with readers whose error can be measured."""
+
+    group: Group
+    readers: list[Reader] = field(default_factory=list)
+
+
+def sites(model: ir.Model) -> list[Site]:
+    """The sites of a canonical model, in graph order. Groups whose scale would copy a weight are none."""
+    found = []
+    for group in symmetry.groups(model, ["scale"]):
+        if not group.legal or group.bounds or symmetry.would_copy(group):
+            continue
+        readers = [r for m in group.readers if (r := _reader(group, m)) is not None]
+        if readers and len(readers) == len(group.readers):
+            found.append(Site(group, readers))
+    return found
+
+
+def axes(found: list[Site]) -> dict[str, int]:
+    """The channel axis of every activation that the sites' readers take, by name."""
+    return {r.name: r.axis for s in found for r in s.readers}
+
+
+def choose(
+    found: Mapping[float, float], plain: float, needed: float, as_good: float = 1.0
+) -> float | None:
+    """The exponent whose factors lose least; among those that are nearly as good, the one nearest to 0.5.
+
+    Args:
+        found: error by exponent.
+        plain: error without factors.
+        needed: share of `plain` that has to be undercut, else None.
+        as_good: errors up to this multiple of the least count as nearly as good.
+    """
+    least = min(found.values())
+    if not least < needed * plain:
+        return None
+    return min((a for a in found if found[a] <= as_good * least), key=lambda a: abs(a - 0.5))
+
+
+def even(raw: Doubles, used: npt.NDArray[np.bool_]) -> Doubles:
+    """Factors [C] with a geometric mean of 1 where `used`, 1 elsewhere."""
+    factors = np.ones_like(raw)
+    if used.any():
+        factors[used] = raw[used] / np.exp(np.log(raw[used]).mean())
+    return factors
+
+
+def row_powers(y: Doubles) -> Doubles:
+    """|y|² of each row of y [R, N]; 1 for rows of zeros: what errors of rows are relative to."""
+    power = np.square(y).sum(axis=1)
+    return np.where(power > 0, power, 1.0)
+
+
+def dataset(model: ir.Model, ctx: Context, who: str, why: str) -> data.Dataset:
+    """The samples, checked against the model's inputs.
+
+    Raises:
+        errors.InputError: QG131 where there are none; what `data.load` raises.
+    """
+    if ctx.data is None:
+        raise errors.InputError(
+            errors.Diagnostic("error", "QG131", who, why, "give --data (data=...)")
+        )
+    if not isinstance(ctx.data, data.Dataset):
+        ctx.data = data.load(ctx.data, data.inputs_of(model))
+    found: data.Dataset = ctx.data
+    return found
+
+
+def _reader(group: Group, member: Member) -> Reader | None:
+    """A reader whose error can be judged; None for others (depthwise and grouped convolutions, gains)."""
+    node = member.node
+    axis = _CHANNEL_AXIS.get(node.op_type)
+    at = group.positions(member)
+    if axis is None or sum(n > 1 for n in at.shape) != 1 or (at < 0).any():
+        return None
+    x = node.inputs[0]
+    if x is None or not x.name or graph.is_constant(x) or member.index != 1:
+        return None
+    return Reader(member, str(x.name), axis, at.ravel())
