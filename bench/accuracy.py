@@ -2,6 +2,7 @@
 
     python bench/accuracy.py --peers PYTHON --work FOLDER [--models resnet20,minilm] [--tools qgraph,nncf]
                              [--target openvino]
+    python bench/accuracy.py --work FOLDER --race
     python bench/accuracy.py --models mobilenetv2-cifar --tools tensor,tensor-no-equalize,tensor-neither
 
 Models and data lie in the folder that QGRAPH_TEST_DATA names. Every tool gets the same calibration samples, which are
@@ -54,7 +55,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keeps models and figures between runs")
     parser.add_argument("--again", action="store_true", help="make qgraph's models again")
     parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--race", action="store_true", help="time the models that lie in --work")
     given = parser.parse_args()
+    if given.race:
+        for name in given.models.split(","):
+            race(name, given.work / name, given.tools.split(","))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         work = given.work or Path(scratch)
         result = {}
@@ -169,6 +175,32 @@ def one(tool: str, name: str, folder: str, target: str, output: str) -> None:
     )
     report = json.loads(result.report.to_json())
     print(json.dumps({"integer_macs": report["integer_macs"]}))
+
+
+def race(name: str, folder: Path, tools: list[str]) -> None:
+    """Print the time of the first tool's model over that of the float model and of every other tool's, in turns."""
+    from accuracy_models import MODELS
+
+    from qgraph.evaluate import cost, sessions
+
+    with np.load(sorted(Path(folder, "samples").glob("*.npz"))[0]) as file:
+        feeds = {key: file[key] for key in file.files}
+    ours = sessions.open_session(folder / f"{tools[0]}.onnx")
+    rivals = {"float": MODELS[name].file} | {t: folder / f"{t}.onnx" for t in tools[1:]}
+    found = []
+    for tool, path in rivals.items():
+        if not path.exists():
+            continue
+        try:
+            rival = sessions.open_session(path)
+        except Exception as e:  # a file that another tool made may not load: that is a result too
+            found.append(f"{tool} does not load ({type(e).__name__})")
+            continue
+        ratio = cost.interleave(rival, ours, feeds, 60)
+        found.append(
+            f"{tool} {ratio.ratio:.3f} [{ratio.lower_quartile:.2f}, {ratio.upper_quartile:.2f}]"
+        )
+    print(f"{name:18s} {tools[0]} over: {', '.join(found)}", flush=True)
 
 
 def verdict(model: Any, rows: dict[str, dict[str, Any]]) -> str:
