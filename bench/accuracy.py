@@ -181,6 +181,7 @@ def race(name: str, folder: Path, tools: list[str]) -> None:
     """Print the time of the first tool's model over that of the float model and of every other tool's, in turns."""
     from accuracy_models import MODELS
 
+    from qgraph import errors
     from qgraph.evaluate import cost, sessions
 
     with np.load(sorted(Path(folder, "samples").glob("*.npz"))[0]) as file:
@@ -193,8 +194,8 @@ def race(name: str, folder: Path, tools: list[str]) -> None:
             continue
         try:
             rival = sessions.open_session(path)
-        except Exception as e:  # a file that another tool made may not load: that is a result too
-            found.append(f"{tool} does not load ({type(e).__name__})")
+        except errors.RuntimeFailure as e:  # another tool made it: that is a result too
+            found.append(f"{tool} does not load ({str(e)[:60]})")
             continue
         ratio = cost.interleave(rival, ours, feeds, 60)
         found.append(
