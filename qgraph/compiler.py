@@ -22,6 +22,7 @@ from qgraph.data import Dataset, inputs_of, load
 from qgraph.floors import FloorMissed, Floors
 from qgraph.instruments import EquivalenceChecker, Verifier
 from qgraph.pipeline import Context, Instrument, Pipeline, Timer
+from qgraph.reaches import Reaches
 from qgraph.report import Entry, Report
 from qgraph.spool import Spool
 from qgraph.target import Target
@@ -144,16 +145,18 @@ def optimize(
     first = auto.observing(chosen) if is_measured else chosen
     ctx = Context(goal, first, data=data, spool=spool, work=kept, threads=threads)
     ctx.progress, ctx.inspect = progress or ctx.progress, inspect
-    timer, checker = Timer(), EquivalenceChecker()
+    timer, checker, reaches = Timer(), EquivalenceChecker(), Reaches()
     checkpoint = accuracy.Checkpoint(stops=is_measured)
     watchers: list[Instrument] = [timer]
     if verify != "off":
         watchers.append(Verifier(every=verify == "each"))
     if verify == "each":
         watchers.append(checker)
-    watchers.extend(instruments)
+    watchers.extend([reaches, *instruments])
     is_kept = is_measured or (floors.is_set and max_time > 0)
     pipeline.run(work, ctx, [*watchers, *([checkpoint] if is_kept else [])])
+    report.shifts = reaches.shifts
+    report.notes += reaches.lines
     trials = accuracy.Trials(pipeline, *checkpoint.kept) if checkpoint.kept else None
     told: dict[str, str] = {}
     if is_measured and trials is not None:

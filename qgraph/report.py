@@ -1,6 +1,7 @@
 """The report: for every weight what was decided, why, by whom, at what cost, and what really runs.
 
-One `Report` is shown three ways: text for a terminal, Markdown, and JSON for pipelines.
+One `Report` is shown four ways: text for a terminal, Markdown, a page for a browser (`qgraph.page`), and JSON for
+pipelines, which holds all that the others show.
 """
 
 from __future__ import annotations
@@ -109,6 +110,47 @@ class Operator:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far the channels of one activation reach: max|x_j| over samples, for each channel j.
+
+    Attributes:
+        largest: of all channels.
+        median: of the channels.
+        profile: quantiles over the channels, from the smallest to the largest in equal steps.
+    """
+
+    largest: float
+    median: float
+    profile: list[float]
+
+    @property
+    def spread(self) -> float:
+        """Largest over median channel: what one grid for all of them loses. Inf where most channels are never used."""
+        if not self.median:
+            return math.inf if self.largest else 1.0
+        return self.largest / self.median
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """One activation before and after a pass that evened channels out.
+
+    Attributes:
+        value: its name before the pass.
+        pass_name: the pass.
+        channels: how many it has.
+        before: reach of its channels.
+        after: the same of what the same operator reads afterwards.
+    """
+
+    value: str
+    pass_name: str
+    channels: int
+    before: Reach
+    after: Reach
+
+
 @dataclass
 class Report:
     """What one run of `optimize` did. `to_json` is stable: pipelines may rely on its keys."""
@@ -121,6 +163,8 @@ class Report:
     output_bytes: int = 0
     ledger: list[Entry] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
+    """What passes that smooth, equalize or rotate did to activations, where there was data."""
     operators: list[Operator] = field(default_factory=list)
     integer_macs: float | None = None
     """Share of multiply-accumulates in integer kernels, 0..1; None where the runtime was not asked."""
@@ -137,6 +181,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     resolved_recipe: dict[str, Any] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+    """The command line; empty where there was none."""
 
     @property
     def quantized(self) -> list[Entry]:
@@ -144,8 +190,61 @@ class Report:
         return [e for e in self.ledger if e.spec]
 
     def to_json(self) -> str:
-        """The whole report as JSON; NaN and Inf as null."""
-        return json.dumps(_plain(asdict(self)), indent=1) + "\n"
+        """The whole report as JSON, with what follows from it under "summary"; NaN and Inf as null."""
+        whole = {**asdict(self), "summary": self.summary()}
+        return json.dumps(_plain(whole), indent=1) + "\n"
+
+    def to_html(self) -> str:
+        """The report as one file for a browser, which needs nothing else."""
+        from qgraph import page
+
+        return page.of_report(self)
+
+    def bits_per_weight(self) -> float | None:
+        """Stored bits per element of all weights of the ledger, scales, zero points and padding included."""
+        elements = sum(math.prod(e.shape) for e in self.ledger)
+        return 8 * sum(e.stored_bytes for e in self.ledger) / elements if elements else None
+
+    def kernels(self) -> list[tuple[str, bool, int, int]]:
+        """(kernel, whether it multiplies integers, operators, multiplications of a sample), most first."""
+        found: dict[tuple[str, bool], list[int]] = {}
+        for each in self.operators:
+            found.setdefault((each.runs, each.integer), []).append(each.macs)
+        rows = [(*key, len(macs), sum(macs)) for key, macs in found.items()]
+        return sorted(rows, key=lambda row: (-row[3], row[0]))
+
+    def summary(self) -> dict[str, Any]:
+        """What the headline says and the tables count, as plain values."""
+        return {
+            "headline": self.headline(),
+            "weights": len(self.ledger),
+            "quantized": len(self.quantized),
+            "size_ratio": self.size_ratio(),
+            "bits_per_weight": self.bits_per_weight(),
+            "weight_bytes": {
+                "float": sum(e.float_bytes for e in self.ledger),
+                "stored": sum(e.stored_bytes for e in self.ledger),
+            },
+            "groups": [
+                dict(zip(("operators", "spec", "runs", "weights", "float_bytes", "stored_bytes",
+                          "worst_sqnr_db"), row, strict=True))
+                for row in self.groups()
+            ],
+            "stayed_float": [
+                dict(zip(("code", "reason", "weights", "bytes"), row, strict=True))
+                for row in self.stayed_float()
+            ],
+            "kernels": [
+                dict(zip(("runs", "integer", "operators", "macs"), row, strict=True))
+                for row in self.kernels()
+            ],
+        }  # fmt: skip
+
+    def size_ratio(self) -> float | None:
+        """Bytes of the output over bytes of the input; None where nothing was written."""
+        return (
+            self.output_bytes / self.float_bytes if self.float_bytes and self.output_bytes else None
+        )
 
     def headline(self) -> str:
         """One sentence: how many weights, how many bytes."""

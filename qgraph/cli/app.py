@@ -72,6 +72,7 @@ class Root(TyperGroup):
         is_verbose = any(flag in given for flag in VERBOSE)  # it may stand anywhere
         given = [each for each in given if each not in VERBOSE]
         terminal.found.clear()
+        terminal.given[:] = given
         code = DONE
         try:
             with _logging(is_verbose):

@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:
   qgraph optimize model.onnx -o model.q.onnx
-  qgraph optimize model.onnx -o model.q.onnx --recipe int4 --report model.md
+  qgraph optimize model.onnx -o model.q.onnx --recipe int4 --report model.html
   qgraph optimize model.onnx -o model.q.onnx --target openvino --data calib.npz --min-sqnr 25
   qgraph optimize model.onnx -o model.q.onnx --set linear.weights=int8.g32 --set min_elements=0
   qgraph optimize zoo:tiny-cnn -o cnn.onnx --stop-after canonicalize --print-after canonicalize
 """
 
-REPORT_KINDS = (".json", ".md")
+REPORT_KINDS = {
+    ".json": lambda report: report.to_json(),
+    ".md": lambda report: report.to_markdown(),
+    ".html": lambda report: report.to_html(),
+}
+"""How a report is written, by the suffix of its file."""
 
 Output = Annotated[
     str | None,
@@ -48,7 +53,7 @@ Reports = Annotated[
     typer.Option(
         "--report",
         metavar="FILE",
-        help="Write the whole report, every weight with its reason: .json or .md. May be repeated.",
+        help="Write the whole report, every weight with its reason: .html, .json or .md. May be repeated.",
         rich_help_panel=options.OUTPUT,
     ),
 ]
@@ -182,6 +187,7 @@ def optimize(
             instruments=watchers,
             progress=progress,
         )
+    result.report.command = ["qgraph", *terminal.given]
     if stop_after is not None:
         _tell_of_the_stop(result.report, stop_after)
     _write_reports(result.report, reports)
@@ -203,7 +209,7 @@ def _reports_of_failures(reports: Sequence[Path] | None) -> Iterator[None]:
     try:
         yield
     except floors.FloorMissed as e:
-        e.report.output = ""
+        e.report.output, e.report.command = "", ["qgraph", *terminal.given]
         _write_reports(e.report, reports)
         terminal.found.update(json.loads(e.report.to_json()))
         raise
@@ -315,10 +321,11 @@ def _check_outputs(model: str, output: str | None, reports: Sequence[Path], *, f
 
 def _write_reports(report: Report, paths: Sequence[Path] | None) -> None:
     for path in paths or ():
-        text = report.to_json() if path.suffix == ".json" else report.to_markdown()
+        text = REPORT_KINDS[path.suffix](report)
         with tempfile.TemporaryDirectory(prefix=".qgraph-", dir=path.parent) as folder:
             whole = Path(folder) / path.name
-            whole.write_text(text, encoding="utf-8")
+            # A file's name may hold bytes that are no UTF-8.
+            whole.write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(whole, path)
 
 

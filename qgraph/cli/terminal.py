@@ -32,6 +32,9 @@ Progress = Callable[[str, float], None]
 found: dict[str, Any] = {}
 """What a command that fails has found out before; printed with the errors as JSON."""
 
+given: list[str] = []
+"""The command line, without the program's name."""
+
 
 def console(*, is_error: bool = False) -> Console:
     """Where to print. No text is taken for markup: shapes have brackets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -42,6 +42,13 @@ class Dataset:
     def __len__(self) -> int:
         """Number of samples."""
         return self._count
+
+    def first(self, count: int) -> Dataset:
+        """The same data, cut after `count` samples."""
+        if count >= self._count:
+            return self
+        digest = hashlib.sha256(f"{self._digest} {count}".encode()).hexdigest()
+        return replace(self, _count=count, _digest=digest)
 
     def digest(self) -> str:
         """SHA-256 (hex) of the samples.

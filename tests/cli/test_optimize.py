@@ -27,6 +27,9 @@ REPORT_KEYS = {
     "activations",
     "operators",
     "integer_macs",
+    "shifts",
+    "command",
+    "summary",
 }
 
 
@@ -104,12 +107,25 @@ def test_target(run, cnn):
 
 
 def test_reports(run, cnn, tmp_path):
-    markdown, data = tmp_path / "why.md", tmp_path / "why.json"
+    markdown, data, page = (tmp_path / f"why.{kind}" for kind in ("md", "json", "html"))
     out = cnn.with_name("q.onnx")
-    done = run("optimize", cnn, "-o", out, "--report", markdown, "--report", data, "-q")
+    reports = [arg for path in (markdown, data, page) for arg in ("--report", path)]
+    done = run("optimize", cnn, "-o", out, *reports, "-q")
     assert done.code == 0
     assert markdown.read_text().startswith("# qgraph report")
-    assert json.loads(data.read_text()).keys() == REPORT_KEYS
+    told = json.loads(data.read_text())
+    assert told.keys() == REPORT_KEYS
+    assert told["command"] == [
+        "qgraph",
+        "optimize",
+        str(cnn),
+        "-o",
+        str(out),
+        *map(str, reports),
+        "-q",
+    ]
+    assert page.read_text().startswith("<!doctype html>")
+    assert all(entry["label"] in page.read_text() for entry in told["ledger"])
 
 
 def test_floors_that_hold(run, cnn, images):

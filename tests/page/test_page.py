@@ -1,0 +1,125 @@
+"""Pages as text: what stands in them, and that nothing in them can be more than text."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from qgraph.page import charts, numbers
+from qgraph.page.charts import Mark
+from qgraph.page.elements import el, html
+from qgraph.report import Entry, Report
+
+
+class Texts(HTMLParser):
+    """What a page shows, what it may load, and how many scripts it has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.shown, self.addresses, self.inside = [], [], []
+        self.scripts = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside.append(tag)
+        self.scripts += tag == "script"
+        self.addresses += [v for k, v in attrs if k in ("href", "src", "srcset", "action", "data")]
+        assert not any(k.startswith("on") for k, _ in attrs)
+
+    def handle_endtag(self, tag):
+        self.inside.pop(len(self.inside) - 1 - self.inside[::-1].index(tag))
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.inside):
+            self.shown.append(data)
+
+
+def test_nothing_is_loaded_from_anywhere(small_report):
+    page = Texts(small_report().to_html())
+    assert page.scripts == 1
+    assert all(address == "data:," or address.startswith("#") for address in page.addresses)
+    assert "http" not in "".join(page.addresses)
+
+
+def test_hostile_names_stay_text(small_report, hostile):
+    report = small_report((hostile, "x", "y"))
+    report.notes.append(hostile)
+    page = Texts(report.to_html())
+    assert page.scripts == 1
+    assert "".join(page.shown).count(hostile) >= 3
+
+
+def test_what_it_says_is_in_its_json_twin(small_report):
+    report = small_report()
+    page = " ".join(Texts(report.to_html()).shown)
+    twin = json.loads(report.to_json())
+    for entry in twin["ledger"]:
+        assert entry["label"] in page
+        assert entry["reason"] in page
+    summary = twin["summary"]
+    assert summary["headline"] in page
+    assert f"{summary['bits_per_weight']:.2f}" in page
+    assert summary["bits_per_weight"] == pytest.approx(8 * 7712 / (64 * (32 + 64 + 96) + 8))
+    assert [k["runs"] for k in summary["kernels"]] == ["MatMulIntegerToFloat", "MatMul float32"]
+    assert summary["kernels"][0]["macs"] == 3000
+    assert "75.0 %" in page
+    assert twin["shifts"][0]["after"]["largest"] == 2.0
+    assert "9.0x → 2.0x" in page
+    for found in twin["diagnostics"]:
+        assert found["message"] in page
+        assert found["hint"] in page
+    assert "qgraph optimize model.onnx -o model.q.onnx --recipe recipe.json --data d.npz" in page
+
+
+def test_a_report_of_nothing_is_a_page():
+    page = " ".join(Texts(Report("m.onnx", "", "int4", "ort").to_html()).shown)
+    assert "no quantizable weights" in page
+    assert "No model was written" in page
+
+
+def test_numbers_that_are_not_finite_are_drawn():
+    entries = [
+        Entry("a", "a", {"MatMul": 1}, (4, 4), 64, 16, "ternary", sqnr_db=math.inf),
+        Entry("b", "b", {"MatMul": 1}, (4, 4), 64, 16, "ternary", sqnr_db=-3.0),
+        Entry("c", "c", {"MatMul": 1}, (4, 0), 0, 0, "ternary", sqnr_db=math.nan),
+    ]
+    text = Report("m", "q", "r", "t", 100, 50, entries).to_html()
+    assert "a: exact as ternary" in text
+    assert "b: -3.0 dB" in text
+    assert 'nan"' not in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 2000])
+def test_bars_stay_inside_the_plot(count):
+    marks = [Mark(str(i), float(i % 40), before=40.0) for i in range(count)]
+    for drawing in (charts.errors(marks, ""), charts.sizes(marks, "")):
+        for box in drawing.iter("rect"):
+            left, wide = float(box.get("x")), float(box.get("width"))
+            assert left >= charts.LEFT - 0.01
+            assert left + wide <= charts.WIDTH - charts.RIGHT + 0.01
+            assert float(box.get("height")) >= 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 47.3), (3, 3), (2.1, 4.7), (0, 1e9)])
+def test_ticks_cover_what_is_drawn(low, high):
+    found = numbers.ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 9
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1, 1), (1, 4.6), (0.9, 10), (1e-6, 0.3), (3, 7), (1, 100)]
+)
+def test_levels_cover_what_is_drawn(low, high):
+    found = numbers.decades(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert len(found) >= 2
+
+
+def test_attributes_cannot_be_left():
+    page = Texts(html(el("p", el("b", "inside"), title='"><script>')))
+    assert page.scripts == 0
+    assert "".join(page.shown).strip() == "inside"
