@@ -1,7 +1,8 @@
 """How far every channel of an activation reaches, before and after the passes that even channels out.
 
 For each product (MatMul, Gemm, Conv, ConvTranspose) with a weight: max|x_j| over samples of each channel j of what it
-reads. A pass that smooths, equalizes or rotates is known by what it declares: it keeps the function and breaks STATS.
+reads. Passes that smooth, equalize or rotate are known by what they declare: they break STATS and leave the model
+canonical.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import onnx_ir as ir
 from qgraph import calibrate, data, errors, files, graph, weights
 from qgraph.instruments import PROVE_UNDER
 from qgraph.observers import Wanted
-from qgraph.pipeline import Context, Fact, Instrument, Keeps, Pass
+from qgraph.pipeline import Context, Fact, Instrument, Pass
 from qgraph.report import Reach, Shift
 
 SAMPLES = 4
@@ -44,7 +45,7 @@ class Reaches(Instrument):
     def before(self, each: Pass, model: ir.Model, ctx: Context) -> None:
         """Keep a copy, if the pass may move channels."""
         self._before = None
-        moves = Fact.STATS in each.breaks and each.keeps is not Keeps.NOTHING
+        moves = Fact.STATS in each.breaks and Fact.CANONICAL not in each.breaks
         if not moves or not isinstance(ctx.data, data.Dataset):
             return
         size = files.weight_bytes(model)
