@@ -5,7 +5,7 @@ rules stand before those of the preset that they extend. Every key, name and glo
 """
 
 from qgraph.recipe.loading import load
-from qgraph.recipe.presets import PRESETS
+from qgraph.recipe.presets import PRESETS, ROTATED_PIPELINE, STATIC_PIPELINE
 from qgraph.recipe.schema import AUTO, DEFAULT_PIPELINE, FLOAT, STATIC, Recipe, Rule, static_spec
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     "DEFAULT_PIPELINE",
     "FLOAT",
     "PRESETS",
+    "ROTATED_PIPELINE",
     "STATIC",
+    "STATIC_PIPELINE",
     "Recipe",
     "Rule",
     "load",
