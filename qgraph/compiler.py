@@ -7,17 +7,19 @@ import importlib.metadata
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+from pydantic import ValidationError
 
-from qgraph import accuracy, auto, errors, files, ledger, registry, workdir
+from qgraph import accuracy, auto, errors, files, ledger, mixed, registry, workdir
 from qgraph import recipe as recipes
 from qgraph import verify as verifier
+from qgraph.budget import Budget
 from qgraph.data import Dataset, inputs_of, load
 from qgraph.floors import FloorMissed, Floors
 from qgraph.instruments import EquivalenceChecker, Verifier
@@ -80,6 +82,8 @@ def optimize(
     max_kl: float | None = None,
     min_agreement: float | None = None,
     logits: str | Sequence[str] = (),
+    max_size: str | int | None = None,
+    avg_bits: float | None = None,
     max_time: float = MAX_TIME,
     external_data: bool | None = None,
     threads: int = 0,
@@ -103,8 +107,11 @@ def optimize(
         max_kl: accuracy ceiling of the KL divergence in nats (needs data).
         min_agreement: accuracy floor of the share of equal top-1 predictions, 0..1 (needs data).
         logits: the outputs that hold predictions over classes; told by their names where it is left out.
-        max_time: seconds that may be spent on finding what to give back to weights where a floor is missed;
-            0 only checks the floors.
+        max_size: of the written file with its external data, in bytes or as "4.5MB": formats are chosen weight by
+            weight (needs data, and a recipe with choices: `mixed`, which stands for `auto` here).
+        avg_bits: the same by stored bits per weight.
+        max_time: seconds that may be spent on finding what to give back to weights where a floor is missed, or on
+            improving a mixture of formats; 0 only checks the floors.
         external_data: weights beside the model; default: only over 256 MB.
         threads: for solvers; 0 is one per core.
         work_dir: folder of finished work, where an interrupted run goes on; made if missing, emptied when all is done.
@@ -115,7 +122,7 @@ def optimize(
         errors.InputError: the model, data or output cannot be used.
         errors.RecipeError: the recipe means nothing.
         errors.VerificationError: a pass broke the model or its promise.
-        errors.AccuracyError: an accuracy floor was missed; nothing is written.
+        errors.AccuracyError: an accuracy floor or a budget was missed; nothing is written.
     """
     if verify not in VERIFY:
         hint = errors.nearest(verify, VERIFY)
@@ -123,6 +130,8 @@ def optimize(
             errors.Diagnostic("error", "QG305", "verify", f"cannot be {verify!r}", hint)
         )
     chosen, goal = _resolve(recipe, overrides, target)
+    chosen = _budgeted(chosen, max_size, avg_bits)
+    is_mixed = mixed.is_mixed(chosen)
     destination = files.check_output(output, force=force) if output is not None else None
     is_measured = data is not None and auto.is_measured(chosen)
     if is_measured:
@@ -131,6 +140,8 @@ def optimize(
     predictions = (logits,) if isinstance(logits, str) else tuple(logits)
     floors = Floors(data, min_sqnr, max_kl, min_agreement, predictions)
     floors.require_data()
+    if is_mixed:
+        mixed.require_data(data)
     work = files.load(model)
     _refuse_broken(work)
     files.check_apart(destination, model, work)
@@ -146,14 +157,14 @@ def optimize(
     ctx = Context(goal, first, data=data, spool=spool, work=kept, threads=threads)
     ctx.progress, ctx.inspect = progress or ctx.progress, inspect
     timer, checker, reaches = Timer(), EquivalenceChecker(), Reaches()
-    checkpoint = accuracy.Checkpoint(stops=is_measured)
+    checkpoint = accuracy.Checkpoint(stops=is_measured or is_mixed)
     watchers: list[Instrument] = [timer]
     if verify != "off":
         watchers.append(Verifier(every=verify == "each"))
     if verify == "each":
         watchers.append(checker)
     watchers.extend([reaches, *instruments])
-    is_kept = is_measured or (floors.is_set and max_time > 0)
+    is_kept = is_measured or is_mixed or (floors.is_set and max_time > 0)
     pipeline.run(work, ctx, [*watchers, *([checkpoint] if is_kept else [])])
     report.shifts = reaches.shifts
     report.notes += reaches.lines
@@ -168,17 +179,44 @@ def optimize(
         report.choice, told, chosen = choice.figures, choice.told, choice.recipe
         report.seconds["choosing by measurement"] = time.monotonic() - started
         work, ctx = trials.run(chosen, spool, inspect=inspect, instruments=watchers)
+    chooser: mixed.Chooser | None = None
+    if is_mixed and trials is not None:
+        started = time.monotonic()
+        size = _SizeOf(trials, external_data, destination)
+        chooser = mixed.Chooser(
+            trials, chosen, data, floors, size, max_seconds=max_time, progress=ctx.progress
+        )
+        mixture = chooser.choose()
+        report.mixed, told, chosen = mixture.figures, mixture.told, mixture.recipe
+        report.notes += mixture.notes
+        report.seconds["mixed precision"] = time.monotonic() - started
+        work, ctx = trials.run(chosen, spool, inspect=inspect, instruments=watchers)
     # Saved under a temporary name, looked at, held to the floors: only then does the output appear.
     with _staging(destination) as folder:
         stage = _Stage(model, goal, report, timer, checker, external_data, destination, told)
         staged = stage(work, ctx, folder)
+        if chooser is not None:
+            chooser.require_size(report.output_bytes)
         if floors.is_set:
             found = floors.measure(model, staged)
             report.metrics.update(found.to_json())
             problems = floors.problems(found.outputs)
             is_whole = pipeline.passes[-1].name in timer.seconds
             can_climb = is_whole and max_time > 0 and floors.can_be_met(problems)
-            if problems and can_climb and trials is not None:
+            while problems and can_climb and chooser is not None and trials is not None:
+                again = chooser.again(found.outputs)
+                if again is None:
+                    problems.append(chooser.problem())
+                    break
+                report.mixed, chosen = again.figures, again.recipe
+                stage.told.clear()
+                stage.told.update(again.told)
+                work, ctx = trials.run(chosen, spool, inspect=inspect, instruments=watchers)
+                staged = stage(work, ctx, folder / "again")
+                found = floors.measure(model, staged)
+                report.metrics.update(found.to_json())
+                problems = floors.problems(found.outputs)
+            if problems and can_climb and trials is not None and chooser is None:
                 search = accuracy.Search(trials, floors, model, chosen, max_time, ctx.progress)
                 outcome = search.run(found, ctx)
                 report.control = outcome.to_json()
@@ -215,7 +253,7 @@ class _Stage:
     checker: EquivalenceChecker
     external_data: bool | None
     destination: Path | None
-    told: Mapping[str, str]
+    told: dict[str, str]
 
     def __call__(self, work: ir.Model, ctx: Context, folder: Path) -> Path:
         report, goal = self.report, self.goal
@@ -242,6 +280,30 @@ class _Stage:
         return staged
 
 
+@dataclass(frozen=True)
+class _SizeOf:
+    """Bytes of the file under a recipe; solved the quick way, which does not change them."""
+
+    trials: accuracy.Trials
+    external_data: bool | None
+    destination: Path | None
+
+    def __call__(self, recipe: recipes.Recipe) -> int:
+        quick = [
+            rule
+            if registry.get("solver", rule.solver).statistics == "none"
+            else rule.model_copy(update={"solver": "rtn"})
+            for rule in recipe.rules
+        ]
+        with _staging(self.destination) as folder:
+            made = recipe.model_copy(update={"rules": tuple(quick)})
+            work, _ = self.trials.run(made, Spool(folder), inspect=False)
+            _stamp(work, recipe)
+            name = self.destination.name if self.destination else "model.onnx"
+            path = files.save(work, folder / name, external_data=self.external_data)
+            return files.file_bytes(path)
+
+
 def _time(report: Report, model: files.Source, staged: Path, dataset: Dataset) -> None:
     """Say how fast the result is against the float model."""
     if report.float_bytes > auto.TIMED_UNDER:
@@ -262,6 +324,32 @@ def _time(report: Report, model: files.Source, staged: Path, dataset: Dataset) -
     slow = speed.finding()
     if slow is not None and report.quantized:
         report.diagnostics.append(slow)
+
+
+def _budgeted(
+    chosen: recipes.Recipe, max_size: str | int | None, avg_bits: float | None
+) -> recipes.Recipe:
+    """The recipe with a budget; recipe `mixed` instead of `auto`, which has nothing that a budget could choose."""
+    given = {"max_size": max_size, "avg_bits": avg_bits}
+    held = {key: value for key, value in given.items() if value is not None}
+    if held and auto.is_measured(chosen):
+        chosen = recipes.PRESETS["mixed"].model_copy(update={"target": chosen.target})
+    if held:
+        try:
+            budget = Budget.model_validate({**chosen.budget.model_dump(), **held})
+        except ValidationError as e:
+            raise errors.RecipeError(
+                *(
+                    errors.Diagnostic(
+                        "error", "QG305", "--" + str(p["loc"][0]).replace("_", "-"),
+                        p["msg"].removeprefix("Value error, "),
+                    )
+                    for p in e.errors()
+                )
+            ) from e  # fmt: skip
+        chosen = chosen.model_copy(update={"budget": budget})
+    mixed.require_choices(chosen)
+    return chosen
 
 
 def _resolve(

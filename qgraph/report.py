@@ -174,6 +174,8 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     control: dict[str, Any] = field(default_factory=dict)
     """What accuracy control gave back and measured, where a floor was missed at first."""
+    mixed: dict[str, Any] = field(default_factory=dict)
+    """What mixed precision measured and chose, and the front of size and loss."""
     choice: dict[str, Any] = field(default_factory=dict)
     """What recipe `auto` measured, where it had data."""
     latency: dict[str, Any] = field(default_factory=dict)

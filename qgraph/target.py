@@ -140,6 +140,8 @@ class Target:
         notes: sentences for the report that hold for every model on this target.
         integers: which operators compute on codes; None where static activations bring nothing.
         timed: ONNX Runtime runs its files as they are served, so latency can be measured with it.
+        fuses_readers: it makes one product of those that read the same tensor (q/k/v, gate/up) where their weights
+            have one format.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Target:
     notes: Sequence[str] = ()
     integers: Integers | None = None
     timed: bool = False
+    fuses_readers: bool = False
 
     def support(self, request: Request, reachable_opset: int) -> Support:
         """The best form for a request that needs no higher opset than `reachable_opset`, or why there is none."""

@@ -26,6 +26,7 @@ Examples:
   qgraph optimize model.onnx -o model.q.onnx
   qgraph optimize model.onnx -o model.q.onnx --recipe int4 --report model.html
   qgraph optimize model.onnx -o model.q.onnx --target openvino --data calib.npz --min-sqnr 25
+  qgraph optimize model.onnx -o model.q.onnx --data calib.npz --max-size 4.5MB --max-kl 0.05
   qgraph optimize model.onnx -o model.q.onnx --set linear.weights=int8.g32 --set min_elements=0
   qgraph optimize zoo:tiny-cnn -o cnn.onnx --stop-after canonicalize --print-after canonicalize
 """
@@ -134,6 +135,8 @@ def optimize(
     max_kl: options.MaxKl = None,
     min_agreement: options.MinAgreement = None,
     logits: options.Logits = None,
+    max_size: options.MaxSize = None,
+    avg_bits: options.AvgBits = None,
     max_time: options.MaxTime = 300.0,
     reports: Reports = None,
     verify: Verify = options.VerifyMode.each,
@@ -180,6 +183,8 @@ def optimize(
             max_kl=max_kl,
             min_agreement=min_agreement,
             logits=logits or (),
+            max_size=max_size,
+            avg_bits=avg_bits,
             max_time=max_time,
             external_data=external_data,
             threads=threads,

@@ -112,13 +112,33 @@ MinAgreement: TypeAlias = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+MaxSize: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="SIZE",
+        help="Choose formats weight by weight such that the file, external data included, takes at most SIZE bytes "
+        "(4500000, 4.5MB, 4MiB). Needs --data.",
+        rich_help_panel=DATA,
+    ),
+]
+AvgBits: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--avg-bits",
+        metavar="BITS",
+        help="The same, such that weights take BITS bits on average, scales included. Needs --data.",
+        rich_help_panel=DATA,
+    ),
+]
 MaxTime: TypeAlias = Annotated[
     float,
     typer.Option(
         "--max-time",
         metavar="SECONDS",
         min=0,
-        help="Where a floor is missed: how long to look for the weights to give bits back to; 0 does not look.",
+        help="How long to look for weights to give bits back to where a floor is missed, or to improve a mixture of "
+        "formats by measuring; 0 does not.",
         rich_help_panel=DATA,
         show_default=True,
     ),

@@ -114,6 +114,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if len(parts) == 1 and key in Recipe.model_fields:
         data[key] = value
         return
+    if len(parts) == 2 and parts[0] == "budget":
+        data["budget"] = {**data.get("budget", {}), parts[1]: value}
+        return
     if len(parts) == 3 and parts[0] in ("options", "solvers"):
         section = {k: dict(v) for k, v in data.get(parts[0], {}).items()}
         section.setdefault(parts[1], {})[parts[2]] = value

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from qgraph import registry
+from qgraph.budget import Budget
 from qgraph.spec import QuantSpec
 
 DEFAULT_PIPELINE = (
@@ -61,6 +62,8 @@ class Rule(_Strict):
     """Spec for the weights of this rule that hurt most (see qgraph.sensitivity)."""
     sensitive_share: float = 0.0
     """How much of the rule's elements may get the sensitive spec, 0..1."""
+    choices: tuple[str, ...] = ()
+    """Specs between which a budget or a floor chooses, weight by weight (`qgraph.mixed`); "float" keeps it."""
     reason: str = ""
     """What the report says."""
 
@@ -69,7 +72,7 @@ class Rule(_Strict):
         """Whether activations are put on calibrated grids."""
         return self.activations.partition(":")[0] == STATIC
 
-    @field_validator("ops", "names", "weights", mode="before")
+    @field_validator("ops", "names", "weights", "choices", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return (
@@ -80,7 +83,7 @@ class Rule(_Strict):
             else value
         )
 
-    @field_validator("weights")
+    @field_validator("weights", "choices")
     @classmethod
     def _specs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
@@ -122,6 +125,8 @@ class Recipe(_Strict):
     """Options by solver name."""
     min_elements: int = 1024
     """Weights with fewer elements stay float: they cost more nodes than they save bytes."""
+    budget: Budget = Budget()
+    """What the weights with choices may take."""
     seed: int = 0
 
     @field_validator("pipeline", "rules", mode="before")

@@ -1,0 +1,121 @@
+"""How much each weight loses in each format: Σ e H eᵀ over its rows, H being the mean of x xᵀ of its inputs.
+
+The weights are solved for it with the inputs of the float model, which needs each Gram matrix once and serves every
+mixture. Weights without one (tables, convolutions) count plain squares: only ratios between the formats of one weight
+are used, for what an error does at the outputs is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import calibrate, errors, registry
+from qgraph.calibrate import grams
+from qgraph.data import Dataset
+from qgraph.mixed.items import Item
+from qgraph.observers import Wanted
+from qgraph.passes import solve_weights
+from qgraph.pipeline import Context
+from qgraph.recipe import FLOAT, Rule
+from qgraph.solver import WeightStats
+from qgraph.spec import QTensor, QuantSpec
+from qgraph.spool import Packed, Spool
+from qgraph.weights import Weight
+
+QUICK = "gptq"
+"""Stands in these trials for the solvers that see data; others are quick themselves."""
+_MEMORY = 512 << 20  # bytes of Gram matrices at once
+
+
+def solve(
+    model: ir.Model, items: Sequence[Item], dataset: Dataset, ctx: Context, spool: Spool
+) -> dict[tuple[str, str], QTensor]:
+    """Quantize every weight in every format of its item, and put the costs into the options.
+
+    Args:
+        model: the float model.
+        items: their options get costs.
+        dataset: samples.
+        ctx: says how many threads, which options of solvers, and where progress goes.
+        spool: where the quantized weights wait.
+
+    Returns:
+        By weight name and spec.
+
+    Raises:
+        errors.InputError: QG401 for a weight, QG403 for inputs with NaN or Inf.
+    """
+    wanted: dict[str, tuple[Weight, list[str]]] = {}
+    rules = {w.name: item.rule for item in items for w in item.weights}
+    for item in items:
+        for place, weight in enumerate(item.weights):
+            specs = [o.specs[place] for o in item.options if o.specs[place] != FLOAT]
+            wanted[weight.name] = weight, list(dict.fromkeys(specs))
+    solved: dict[tuple[str, str], QTensor] = {}
+    costs: dict[tuple[str, str], float] = {}
+    known = _with_grams(model, [w for w, _ in wanted.values()], dataset, ctx)
+    for done, (weight, gram) in enumerate(known):
+        ctx.progress(f"weighing formats of {weight.label}", done / len(wanted))
+        w = np.asarray(weight.read(), np.float32)
+        if not np.isfinite(w).all():
+            raise errors.InputError(
+                errors.Diagnostic(
+                    "error", "QG401", weight.label, "has NaN or Inf",
+                    f'repair the model, or keep it float with a rule: names = ["{weight.label}"], weights = "float"',
+                )
+            )  # fmt: skip
+        if gram is not None and not np.isfinite(gram).all():
+            raise errors.InputError(
+                errors.Diagnostic(
+                    "error", "QG403", weight.label, "its input has NaN or Inf", "leave such samples out"
+                )
+            )  # fmt: skip
+        stats = None if gram is None else WeightStats(np.diag(gram).astype(np.float32), gram)
+        solver = solve_weights.make_solver(_quick(rules[weight.name], is_blind=gram is None), ctx)
+        for text in wanted[weight.name][1]:
+            q = solver.solve(w, QuantSpec.parse(text), stats, np.random.default_rng(0))
+            e = w.astype(np.float64) - q.dequantize()
+            weighted = e if gram is None else e @ gram
+            costs[weight.name, text] = max(float(np.einsum("nk,nk->", weighted, e)), 0.0)
+            solved[weight.name, text] = Packed(q, spool)
+    for item in items:
+        item.options = [
+            replace(o, cost=sum(_cost(costs, w, s) for w, s in zip(item.weights, o.specs, strict=True)))
+            for o in item.options
+        ]  # fmt: skip
+    return solved
+
+
+def _cost(costs: dict[tuple[str, str], float], weight: Weight, spec: str) -> float:
+    return 0.0 if spec == FLOAT else costs[weight.name, spec]
+
+
+def _quick(rule: Rule, *, is_blind: bool) -> str:
+    """The solver that stands for the rule's."""
+    if registry.get("solver", rule.solver).statistics == "none":
+        return rule.solver
+    return "rtn" if is_blind else QUICK
+
+
+def _with_grams(
+    model: ir.Model, found: Sequence[Weight], dataset: Dataset, ctx: Context
+) -> Iterator[tuple[Weight, grams.Doubles | None]]:
+    """Each weight with the Gram matrix of its inputs, None where there is none."""
+    reading: list[tuple[Weight, tuple[str, ...]]] = []
+    for weight in found:
+        inputs = grams.inputs_of(weight)
+        if isinstance(inputs, str):
+            yield weight, None
+        else:
+            reading.append((weight, inputs))
+    for batch in grams.batches(reading, _MEMORY):
+        names = dict.fromkeys(n for _, inputs in batch for n in inputs)
+        wanted = dict.fromkeys(names, Wanted(gram=True))
+        stats = calibrate.run(model, dataset, wanted, threads=ctx.threads, progress=ctx.progress)
+        held = grams.Grams(stats)
+        for weight, inputs in batch:
+            yield weight, held.of(inputs)

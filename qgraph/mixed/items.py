@@ -1,0 +1,155 @@
+"""What is chosen for: weights that share a format, and the formats that the target can write for them.
+
+Weights share a format where one tensor is stored once for several uses (that is one weight here), and, where the
+target fuses the operators that read one tensor (q/k/v, gate/up), so do their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from qgraph import graph, weights
+from qgraph.accuracy.trials import Trials, branch
+from qgraph.calibrate import grams
+from qgraph.forms import matmul_nbits
+from qgraph.passes import assign_precision
+from qgraph.plan import Decision
+from qgraph.recipe import FLOAT, Recipe, Rule
+from qgraph.weights import Weight
+
+_BLOCKED = frozenset({"matmul-nbits", "gather-block"})
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One format of an item.
+
+    Attributes:
+        choice: as the rule names it.
+        specs: what each weight of the item gets, "float" where it stays so.
+        nbytes: that the item takes in the file.
+        cost: Σ e H eᵀ over its weights: their errors under the second moments of their inputs.
+        loss: of the model's outputs if this item alone is quantized so, predicted or measured.
+        seconds: of one run that its kernels take; 0 where that was not measured.
+    """
+
+    choice: str
+    specs: tuple[str, ...]
+    nbytes: int
+    cost: float = 0.0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Item:
+    """Weights that share a format.
+
+    Attributes:
+        weights: in graph order.
+        rule: that matches them; tied weights have the same choices.
+        elements: of all of them.
+        usual: bytes that they take without a choice, by the rule's `weights`.
+        options: fewest bytes first.
+    """
+
+    weights: tuple[Weight, ...]
+    rule: Rule
+    elements: int
+    usual: int = 0
+    options: list[Option] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Names that a person recognises."""
+        return ", ".join(w.label for w in self.weights)
+
+
+def find(trials: Trials, recipe: Recipe) -> list[Item]:
+    """The items of a model whose rules have choices, with what the target takes of these; in graph order.
+
+    Args:
+        trials: the end of the pipeline; nothing of it runs but the pass that decides.
+        recipe: its rules have the choices.
+    """
+    texts = dict.fromkeys(t for rule in recipe.rules for t in rule.choices)
+    taken = {t: _decided(trials, _asking_for(recipe, t)) for t in texts if t != FLOAT}
+    usual = _decided(trials, recipe)
+    ties = recipe.budget.tie_readers
+    if ties is None:
+        ties = trials.context.target.fuses_readers
+    groups: dict[tuple[object, ...], list[Weight]] = {}
+    for weight in weights.find(trials.model):
+        rule = assign_precision.match(recipe.rules, weight)[1]
+        if rule is None or not rule.choices:
+            continue
+        if all(d[weight.name].spec is None for d in taken.values()):
+            continue  # it stays float, and the plan will say why
+        inputs = grams.inputs_of(weight)
+        is_tied = ties and not isinstance(inputs, str) and len(weight.uses) == 1
+        key = (inputs, rule.choices) if is_tied else (weight.name,)
+        groups.setdefault(key, []).append(weight)
+    found = []
+    for held in groups.values():
+        rule = assign_precision.match(recipe.rules, held[0])[1]
+        assert rule is not None
+        item = Item(tuple(held), rule, sum(w.shape[0] * w.shape[1] for w in held))
+        item.usual = sum(stored_bytes(w, usual[w.name]) for w in held)
+        item.options = _options(item, taken)
+        if item.options:
+            found.append(item)
+    return found
+
+
+def _asking_for(recipe: Recipe, text: str) -> Recipe:
+    """A recipe whose rules that have this choice ask for it alone."""
+    rules = [
+        r.model_copy(update={"weights": (text,), "sensitive": ""}) if text in r.choices else r
+        for r in recipe.rules
+    ]
+    return recipe.model_copy(update={"rules": tuple(rules)})
+
+
+def _decided(trials: Trials, recipe: Recipe) -> Mapping[str, Decision]:
+    """What the plan would say."""
+    ctx = replace(branch(trials.context), recipe=recipe)
+    trials.pipeline.passes[trials.start].run(graph.clone(trials.model), ctx)
+    return ctx.plan.decisions
+
+
+def _options(item: Item, taken: Mapping[str, Mapping[str, Decision]]) -> list[Option]:
+    """What all weights of an item can have, each of its choices once, by bytes."""
+    found: dict[tuple[str, ...], Option] = {}
+    for text in item.rule.choices:
+        if text == FLOAT:
+            specs = (FLOAT,) * len(item.weights)
+            found.setdefault(specs, Option(text, specs, sum(w.nbytes for w in item.weights)))
+            continue
+        decisions = [taken[text][w.name] for w in item.weights]
+        if any(d.spec is None for d in decisions):
+            continue
+        specs = tuple(str(d.spec) for d in decisions)
+        nbytes = sum(map(stored_bytes, item.weights, decisions))
+        found.setdefault(specs, Option(text, specs, nbytes))
+    return sorted(found.values(), key=lambda o: o.nbytes)
+
+
+def stored_bytes(weight: Weight, decision: Decision) -> int:
+    """Codes, scales and zero points in the file, with the padding of the form that holds them."""
+    spec = decision.spec
+    if spec is None:
+        return weight.nbytes
+    n, k = weight.shape
+    if not _BLOCKED & set(decision.forms):
+        return spec.nbytes(n, k)
+    block = matmul_nbits.block_of(spec, k)
+    whole = replace(spec, block=(1, block), symmetric=True)
+    blocks = -(-k // block)
+    points = 0 if spec.symmetric else n * -(-blocks * spec.qtype.stored_bits // 8)
+    return whole.nbytes(n, blocks * block) + points
+
+
+def total(items: Sequence[Item], chosen: Sequence[int]) -> int:
+    """Bytes of a mixture."""
+    return sum(item.options[c].nbytes for item, c in zip(items, chosen, strict=True))

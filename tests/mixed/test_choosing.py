@@ -1,0 +1,180 @@
+"""Budgets are kept by the written file, floors by what is measured, and what was chosen can be made again."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import qgraph
+from qgraph import errors, files, mixed, registry
+
+QUICK = {"inspect": False, "verify": "ends"}
+
+
+def made(net, recipe, samples, path=None, **budget):
+    return qgraph.optimize(net, recipe, data=samples, output=path, force=True, **QUICK, **budget)
+
+
+def formats(result):
+    return {e.weight: e.spec.split(".")[0] or "float" for e in result.ledger}
+
+
+def kl(result):
+    return result.metrics["outputs"][0]["divergence"]["kl_mean"]["value"]
+
+
+@pytest.fixture(scope="module")
+def uniform(net, samples, tmp_path_factory):
+    """Uniform formats: bytes of the file and KL."""
+    found = {}
+    for spec in ("uint2.g32.asym", "uint4.g32.asym", "int8.g32"):
+        path = tmp_path_factory.mktemp("uniform") / "u.onnx"
+        rules = {"rules": [{"weights": [spec]}]}
+        result = made(net, rules, samples, path, max_kl=1e9)
+        found[spec] = files.file_bytes(path), kl(result)
+    return found
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("size", [28_000, 33_333, "40kB"])
+def test_the_file_is_never_larger_than_asked(net, recipe, samples, tmp_path, size, external):
+    path = tmp_path / "m.onnx"
+    result = made(net, recipe, samples, path, max_size=size, external_data=external)
+    most = 40_000 if size == "40kB" else size
+    assert files.file_bytes(path) == result.report.output_bytes
+    # As much as a notch of the smallest weight may be left over, and no more.
+    assert most - 5_000 < files.file_bytes(path) <= most
+    assert (path.parent / "m.onnx.data").exists() == external
+
+
+def test_what_cannot_be_met_says_what_can_and_that_is_true(net, recipe, samples, tmp_path):
+    path = tmp_path / "m.onnx"
+    with pytest.raises(mixed.BudgetMissed, match=r"QG331.*cannot be met") as caught:
+        made(net, recipe, samples, path, max_size=10_000)
+    assert caught.value.exit_code == 3
+    assert not path.exists()
+    hint = caught.value.diagnostics[0].hint
+    least = int(hint.split("--max-size ")[1].split()[0])
+    made(net, recipe, samples, path, max_size=least)
+    assert files.file_bytes(path) == least
+    with pytest.raises(mixed.BudgetMissed):
+        made(net, recipe, samples, path, max_size=least - 1)
+    with pytest.raises(mixed.BudgetMissed, match=r"3\.12 bits per weight"):
+        made(net, recipe, samples, path, avg_bits=2)
+
+
+def test_a_mixture_beats_the_uniform_format_of_its_size(net, recipe, samples, tmp_path, uniform):
+    _, loss = uniform["uint4.g32.asym"]
+    path = tmp_path / "m.onnx"
+    # The recipe is written into the file, so that it can be made again: that is not weights.
+    result = made(net, recipe, samples, path, avg_bits=8 * 160 / 256, max_kl=1e9)
+    assert kl(result) < loss
+    assert len(set(formats(result).values())) > 1
+    assert result.report.mixed["avg_bits"] <= 5.0 + 1e-9
+    figures = {e["labels"][0]: e for e in result.report.mixed["groups"]}
+    assert (
+        figures["layers.0.back"]["options"][0]["loss"]
+        < figures["layers.3.back"]["options"][0]["loss"]
+    )
+
+
+def test_the_front_goes_down_and_holds_the_choice(net, recipe, samples):
+    result = made(net, recipe, samples, avg_bits=4.5)
+    front = result.report.mixed["front"]
+    assert [p["bytes"] for p in front] == sorted(p["bytes"] for p in front)
+    others = [p for p in front if not p["chosen"]]
+    assert [p["predicted"] for p in others] == sorted(
+        (p["predicted"] for p in others), reverse=True
+    )
+    assert all(p["measured"] > 0 for p in front)
+    (chosen,) = [p for p in front if p["chosen"]]
+    assert chosen["bytes"] == result.report.mixed["bytes"]
+    stored = [v.const_value.nbytes for v in result.model.graph.initializers.values()]
+    assert chosen["bytes"] == sum(stored)
+    assert json.loads(result.report.to_json())["mixed"]["front"] == front
+
+
+def test_the_recipe_in_the_report_makes_the_same_file(net, recipe, samples, tmp_path):
+    first, second = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    result = made(net, recipe, samples, first, avg_bits=4.5)
+    held = qgraph.recipe.load(json.loads(result.report.to_json())["resolved_recipe"])
+    assert not mixed.is_mixed(held) and not held.budget.is_set
+    again = qgraph.optimize(net, held, output=second, **QUICK)
+    assert not again.report.mixed
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_floor_alone_takes_the_fewest_bytes(net, recipe, samples, uniform, tmp_path):
+    floor = uniform["uint4.g32.asym"][1]
+    result = made(net, recipe, samples, tmp_path / "m.onnx", max_kl=floor)
+    assert kl(result) <= floor
+    assert result.report.mixed["avg_bits"] < 5.125
+    tighter = made(net, recipe, samples, tmp_path / "n.onnx", max_kl=floor / 20)
+    assert kl(tighter) <= floor / 20
+    assert tighter.report.mixed["bytes"] > result.report.mixed["bytes"]
+
+
+def test_noise_is_a_floor_too(net, recipe, samples):
+    result = made(net, recipe, samples, min_sqnr=25)
+    assert result.metrics["outputs"][0]["error"]["sqnr_db"] >= 25
+    assert result.report.mixed["measure"] == "floors"
+
+
+def test_a_floor_that_a_budget_forbids_is_an_error_with_what_would_do(
+    net, recipe, samples, tmp_path
+):
+    path = tmp_path / "m.onnx"
+    with pytest.raises(errors.AccuracyError) as caught:
+        made(net, recipe, samples, path, avg_bits=4, max_kl=0.01)
+    assert caught.value.exit_code == 3 and not path.exists()
+    codes = [d.code for d in caught.value.diagnostics]
+    assert codes == ["QG702", "QG332"]
+    hint = caught.value.diagnostics[1].hint
+    assert "would do" in hint
+    bits = float(hint.split()[1])
+    result = made(net, recipe, samples, path, avg_bits=bits + 0.01, max_kl=0.011)
+    assert kl(result) <= 0.011
+
+
+def test_readers_of_a_tensor_share_a_format_where_the_target_fuses_them(net, recipe, samples):
+    fusing = replace(registry.get("target", "ort"), fuses_readers=True)
+    result = made(net, recipe, samples, target=fusing, avg_bits=4.5)
+    held = formats(result)
+    assert all(held[f"layers.{i}.left"] == held[f"layers.{i}.right"] for i in range(4))
+    assert len(set(held.values())) > 1
+    assert sorted(len(g["weights"]) for g in result.report.mixed["groups"]) == [1] * 5 + [2] * 4
+    free = {**recipe, "budget": {"avg_bits": 4.5, "tie_readers": False}}
+    apart = made(net, free, samples, target=fusing)
+    assert {len(g["weights"]) for g in apart.report.mixed["groups"]} == {1}
+
+
+def test_a_budget_needs_choices_and_data(net, recipe, samples):
+    with pytest.raises(errors.RecipeError, match="QG330"):
+        made(net, "int4", samples, avg_bits=4)
+    with pytest.raises(errors.InputError, match="QG131"):
+        made(net, recipe, None, avg_bits=4)
+    with pytest.raises(errors.RecipeError, match=r"QG305 --max-size.*is no size"):
+        made(net, recipe, samples, max_size="large")
+    with pytest.raises(errors.RecipeError, match=r"QG305 --avg-bits"):
+        made(net, recipe, samples, avg_bits=-1.0)
+
+
+def test_without_data_that_reaches_it_nothing_is_chosen(samples, net):
+    rules = {"rules": [{"names": ["head"], "weights": "int8.g32", "choices": ["int8.ch"]}]}
+    result = made(net, rules, samples, avg_bits=9)
+    assert formats(result)["head"] == "int8"
+    assert {e.spec for e in result.ledger if e.weight != "head"} == {""}
+
+
+def test_the_preset_stands_for_auto_and_aims_at_its_own_budget(net, samples):
+    result = made(net, "auto", samples, avg_bits=5)
+    assert result.report.recipe == "mixed"
+    assert result.report.mixed["avg_bits"] <= 5
+    plain = made(net, "mixed", samples)
+    assert any("as without a choice" in note for note in plain.report.notes)
+    usual = made(net, {"rules": [{"weights": "uint4.g32.asym"}]}, samples)
+    stored = [
+        sum(v.const_value.nbytes for v in r.model.graph.initializers.values())
+        for r in (plain, usual)
+    ]
+    assert 0.9 * stored[1] < stored[0] <= stored[1]

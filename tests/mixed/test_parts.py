@@ -1,0 +1,113 @@
+"""The parts of mixed precision by themselves."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qgraph import budget
+from qgraph.mixed import knapsack, swaps
+from qgraph.mixed.items import Item, Option
+from qgraph.mixed.knapsack import Limit
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("4.5MB", 4_500_000),
+        ("4.5 MiB", 4_718_592),
+        ("12", 12),
+        ("1kb", 1000),
+        (77, 77),
+        (".5KiB", 512),
+    ],
+)
+def test_sizes(text, nbytes):
+    assert budget.size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "MB", "4.5 MBit", "-3", "1e3", "4,5MB"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="is no size"):
+        budget.size(text)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_knapsack_is_solved_exactly(seed):
+    rng = np.random.default_rng(seed)
+    loss = [np.sort(rng.random(n))[::-1].tolist() for n in rng.integers(1, 5, 7)]
+    sizes = [np.sort(rng.integers(1, 1000, len(v))).astype(float).tolist() for v in loss]
+    low, high = (sum(map(f, sizes)) for f in (min, max))
+    most = low + rng.random() * (high - low)
+
+    def total(values, mixed):
+        return sum(v[c] for v, c in zip(values, mixed, strict=True))
+
+    every = itertools.product(*(range(len(v)) for v in loss))
+    best = min(total(loss, c) for c in every if total(sizes, c) <= most)
+    found = knapsack.solve(loss, [Limit(sizes, most)])
+    assert total(sizes, found) <= most
+    assert np.isclose(total(loss, found), best)
+
+
+def test_a_knapsack_that_nothing_fits_into():
+    assert knapsack.solve([[1.0, 0.0]], [Limit([[5.0, 6.0]], 4.0)]) is None
+    assert knapsack.solve([[1.0, 0.0]], [Limit([[5.0, 6.0]], 5.0)]) == [0]
+    assert knapsack.solve([], []) == []
+
+
+class Measured:
+    """Losses that do not add up: items 0 and 1 hurt each other when both are coarse."""
+
+    def __init__(self, items):
+        self.items, self.count = items, 0
+
+    def loss(self, specs):
+        self.count += 1
+        coarse = [specs[i.weights[0].name] == "a" for i in self.items]
+        return sum((0.1, 0.1, 0.15, 0.15)[i] * c for i, c in enumerate(coarse)) + 0.5 * (
+            coarse[0] and coarse[1]
+        )
+
+
+class Named:
+    def __init__(self, name):
+        self.name = self.label = name
+
+
+def items_of(count):
+    found = []
+    for i in range(count):
+        item = Item((Named(f"w{i}"),), None, 8)
+        loss = (0.1, 0.1, 0.15, 0.15)[i]
+        item.options = [Option("a", ("a",), 1, 1.0, loss), Option("b", ("b",), 2, 0.0, 0.0)]
+        found.append(item)
+    return found
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_exchanges_are_taken_only_where_they_measure_better(is_over):
+    items = items_of(4)
+    measured = Measured(items)
+    start = [0, 0, 1, 1]  # what adding up says, and measuring does not
+    found = swaps.improve(
+        items, start, measured,
+        lambda values: None,
+        lambda chosen: sum(chosen) <= 2,
+        10, lambda: is_over,
+    )  # fmt: skip
+    if is_over:
+        assert found.chosen == start
+        return
+    assert sum(found.chosen) == 2 and found.chosen[:2].count(0) == 1
+    assert np.isclose(found.loss, 0.25)
+    assert found.taken == len(found.notes) >= 1
+    assert found.tried <= 10
+
+
+def test_importing_does_not_load_scipy():
+    code = "import sys, qgraph, qgraph.compiler, qgraph.mixed; print('scipy' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
