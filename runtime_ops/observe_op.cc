@@ -26,14 +26,28 @@ constexpr int64_t kMaxTasks = 16;
 constexpr int64_t kControls = 3;
 constexpr int64_t kResults = 4;
 
+void mix(uint64_t& sum, uint64_t more) {
+  sum = (sum + more) * 0x9E3779B97F4A7C15u;
+  sum ^= sum >> 29;
+}
+
+// Several chains: a step of one need not wait for the last step of another.
 uint64_t checksum(const float* x, int64_t n) {
+  constexpr int64_t kChains = 8;
+  uint64_t sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= n; i += kChains) {
+    uint32_t bits[kChains];
+    std::memcpy(bits, x + i, sizeof bits);
+    for (int64_t j = 0; j < kChains; ++j) mix(sums[j], bits[j]);
+  }
   uint64_t sum = static_cast<uint64_t>(n);
-  for (int64_t i = 0; i < n; ++i) {
+  for (; i < n; ++i) {
     uint32_t bits;
     std::memcpy(&bits, x + i, sizeof bits);
-    sum = (sum + bits) * 0x9E3779B97F4A7C15u;
-    sum ^= sum >> 29;
+    mix(sum, bits);
   }
+  for (const uint64_t each : sums) mix(sum, each);
   return sum;
 }
 

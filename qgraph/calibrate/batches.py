@@ -1,13 +1,14 @@
 """Several samples of one shape in one run, where that changes nothing.
 
 A run over a few rows mostly waits for weights, and each further row is nearly free. But the numbers must be those of
-runs of one sample each, to the last bit. How a kernel rounds depends on shapes and not on values; so for each shape the
-first samples run alone and together, the bits of every value are compared, and only where all agree do the later
-samples of that shape run together.
+runs of one sample each, to the last bit. How a kernel rounds depends on shapes and not on values; so once a shape has
+been seen a few times, its next samples run alone and together, the bits of every value are compared, and only where all
+agree do the later samples of that shape run together.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from qgraph import errors, graph
 
 MOST = 8  # samples in one run: twice as many are hardly faster
+EARLY = 8  # samples of a shape that run alone: rarer shapes are not worth the comparison
 _WAITING = 64  # samples that wait for others of their shape
 # Their output depends on values in its shape, or on chance.
 _UNSTEADY = frozenset(
@@ -61,10 +63,11 @@ class Batches:
         self._size = size
         self._seen = seen
         self._limit = limit
+        self._early: Counter[Key] = Counter()
         self._waiting: dict[Key, list[tuple[int, Feeds]]] = {}
         self._first: dict[
             Key, tuple[int, Feeds, Rows]
-        ] = {}  # a shape's first sample, until it is proven
+        ] = {}  # the first sample of the comparison, until that is made
         self._most: dict[Key, int] = {}  # how many samples of a shape run together; 1: alone
         self._single: dict[
             Key, npt.NDArray[np.bool_]
@@ -75,7 +78,11 @@ class Batches:
         for number, feeds in enumerate(samples):
             key = tuple((name, np.shape(feeds[name])) for name in sorted(feeds))
             if key not in self._most:
-                yield [self._start(key, number, feeds)]
+                self._early[key] += 1
+                if self._early[key] <= EARLY:
+                    yield [self._alone(feeds, number)]
+                else:
+                    yield [self._start(key, number, feeds)]
                 continue
             if self._most[key] == 1:
                 yield [self._alone(feeds, number)]
@@ -90,7 +97,7 @@ class Batches:
             yield from self._each(group)
 
     def _start(self, key: Key, number: int, feeds: Feeds) -> Rows:
-        """The first sample of a shape: it tells how many fit into a run."""
+        """The first sample of the comparison: it tells how many fit into a run."""
         before = self._seen()
         rows = self._alone(feeds, number, checksums=True)
         elements = max(self._seen() - before, 1)
@@ -130,11 +137,13 @@ class Batches:
         self._most[key] = 1
         try:
             parts = self._run(joined, self._control(count, 0, 1), number)
-            whole = self._run(joined, self._control(1, 0, 1), number)
+            is_joined = (_checksums(parts).reshape(self._size, count) == sums).all(axis=1)
+            is_single = ~is_joined
+            if is_single.any():
+                whole = self._run(joined, self._control(1, 0, 1), number)
+                is_single = (_checksums(whole)[:, None] == sums).all(axis=1)
         except errors.RuntimeFailure:
             return  # the model does not take several samples, whatever its inputs say
-        is_joined = (_checksums(parts).reshape(self._size, count) == sums).all(axis=1)
-        is_single = (_checksums(whole)[:, None] == sums).all(axis=1)
         if (is_joined | is_single).all():
             self._most[key] = count
             self._single[key] = is_single & ~is_joined

@@ -16,6 +16,8 @@ from qgraph import errors, graph
 
 DOMAIN = "ai.qgraph.calibration"
 CONTROL = "ai.qgraph.calibration.control"
+# The same values in another shape or order.
+_REARRANGING = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,17 @@ def find(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
             )
         )
     return {n: known[n] for n in names}
+
+
+def rearranged(model: ir.Model, names: Iterable[str]) -> dict[str, str]:
+    """Those of the values that hold what another of them holds, in another shape or order, by the name of that.
+
+    Raises:
+        errors.InputError: QG140 for a name that no computed value has.
+    """
+    found = find(model, names)
+    first: dict[ir.Value, str] = {}
+    return {n: held for n, v in found.items() if (held := first.setdefault(_source(v), n)) != n}
 
 
 def tap(model: ir.Model, names: Sequence[str]) -> list[Tapped]:
@@ -105,6 +118,16 @@ def count(model: ir.Model, keys: Mapping[str, int], threads: int) -> list[Tapped
     model.graph.opset_imports[DOMAIN] = 1
     brought = tap(model, list(seen.values()))
     return [replace(t, name=name) for name, t in zip(seen, brought, strict=True)]
+
+
+def _source(v: ir.Value) -> ir.Value:
+    """The value of the same graph, so computed as often, that this one is only a rearrangement of; or itself."""
+    while (node := v.producer()) is not None and node.op_type in _REARRANGING and not node.domain:
+        held = node.inputs[0]
+        if held is None or held.is_initializer() or _scope(held) is not node.graph:
+            break
+        v = held
+    return v
 
 
 def _lift(name: str, v: ir.Value, holders: dict[ir.Graph, ir.Node], fresh: graph.Names) -> Tapped:

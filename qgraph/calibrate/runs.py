@@ -68,11 +68,13 @@ def run(
             if on_cached is not None:
                 on_cached(kept)
             return found
+        copies = bench.copies(wanted)
         stats = {name: TensorStats(w) for name, w in wanted.items()}
-        counted = bench.countable(wanted)
+        seen = {name: w for name, w in wanted.items() if name not in copies}
+        counted = bench.countable(seen)
         inputs = {v.name for v in model.graph.inputs}
-        feeds_only = [n for n in wanted if n in inputs and n not in counted]
-        brought = [n for n in wanted if n not in inputs and n not in counted]
+        feeds_only = [n for n in seen if n in inputs and n not in counted]
+        brought = [n for n in seen if n not in inputs and n not in counted]
         groups = _groups(bench, dataset, brought, max_memory)
         for index, group in enumerate(groups):
             first = index == 0
@@ -88,6 +90,8 @@ def run(
             for count in shards:
                 done = (index + count / len(dataset)) / len(groups)
                 say(f"calibrating, sample {count} of {len(dataset)}", done)
+        for name, held in copies.items():
+            stats[name].merge(stats[held])
     result = Stats(stats)
     if kept is not None:
         _store(result, kept)

@@ -54,6 +54,10 @@ class Bench:
         found = instrument.find(self._base, wanted)
         return [n for n, w in wanted.items() if w == Wanted() and found[n].dtype in _COUNTED]
 
+    def copies(self, wanted: Mapping[str, Wanted]) -> dict[str, str]:
+        """The values that only rearrange another one, by the name of that: a histogram does not tell them apart."""
+        return instrument.rearranged(self._base, [n for n, w in wanted.items() if w == Wanted()])
+
     def session(self, names: Sequence[str], keys: Mapping[str, int]) -> Instrumented:
         """A session whose outputs are the values, and which counts others under their tables' keys."""
         model = graph.clone(self._base)

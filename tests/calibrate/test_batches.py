@@ -80,7 +80,7 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_together_is_as_alone(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text, names, joins = CASES[kind]
-    feeds = samples(*(3, 5) * 9, *[3] * 11, 7, 1)
+    feeds = samples(*(3, 5) * 17, *[3] * 11, 7, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "MOST", 1)
         alone = calibrated(text, feeds, *names)
@@ -89,15 +89,16 @@ def test_together_is_as_alone(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert as_bytes(alone, tmp_path / "a") == as_bytes(together, tmp_path / "b")
     assert together[names[0]].samples == len(feeds)
     if joins:
-        # The first eight of a shape run alone, and twice together to compare with; of the others, eight at a time.
-        assert runs.counts.count(8) == 2 * 2 + 1
-        assert runs.counts.count(1) == (8 + 4) + (8 + 1) + 2
+        # Eight of a shape run alone, eight more to compare with, those once together, and once more where a value knows
+        # nothing of samples; of the others, eight at a time.
+        assert runs.counts.count(8) == 2 * (2 if kind == "rows" else 1) + 1
+        assert runs.counts.count(1) == (16 + 4) + (16 + 1) + 2
     else:
         assert runs.counts.count(1) == len(feeds), "all ran alone"
 
 
 def test_order_and_memory_change_nothing(tmp_path: Path) -> None:
-    feeds = samples(*[4] * 20, *[6] * 11, *[2] * 3)
+    feeds = samples(*[4] * 28, *[6] * 19, *[2] * 3)
     names = CASES["rows"][1]
     found = {
         as_bytes(calibrated(ROWS, given, *names, max_memory=limit), tmp_path / "a")
@@ -118,6 +119,6 @@ def test_many_shapes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return each(this, group)
 
     monkeypatch.setattr(batches.Batches, "_each", watched)
-    feeds = samples(*[n for n in range(1, 60) for _ in range(3)])
+    feeds = samples(*[n for n in range(1, 60) for _ in range(batches.EARLY + 3)])
     assert calibrated(ROWS, feeds, "y")["y"].samples == len(feeds)
     assert 1 < max(held) <= batches._WAITING

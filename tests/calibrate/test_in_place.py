@@ -142,3 +142,36 @@ def test_a_closed_table_and_a_wrong_control_are_refused() -> None:
         session.run(None, sample)
     with pytest.raises(errors.RuntimeFailure, match=r"Observe 'a\.seen': its table is not open"):
         runtime.session(m, custom_ops=True)
+
+
+REARRANGED = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[2, 3] x, int64 turns) => (float[n, 2] y) {
+  yes = Constant<value = bool {1}>()  to = Constant<value_ints = [-1, 2]>()
+  f = Flatten(x)  r = Reshape(f, to)  e = Exp(r)  t = Transpose(e)
+  z = Loop (turns, yes, f) < body = b (int64 i, bool c, float[2, 3] h) => (bool d, float[2, 3] k) {
+    d = Identity(c)  s = Transpose(x)  p = Transpose(h)  q = Transpose(p)  k = Neg(q) } >
+  u = Reshape(z, to)  v = Add(u, e)  y = Identity(v) }"""
+
+
+def test_rearranged_values_are_counted_once(tmp_path: Path) -> None:
+    samples = [each | {"turns": np.array(n, np.int64)} for n in (2, 3) for each in feeds((2, 3), 2)]
+    names = ("r", "x", "f", "t", "e", "s", "q", "h", "p", "y", "u")
+    m = model(REARRANGED)
+    assert instrument.rearranged(m, names) == {
+        "x": "r", "f": "r", "e": "t", "h": "q", "p": "q",
+    }  # fmt: skip
+    found = both(m, samples, *names, tmp_path=tmp_path)
+    x = np.concatenate([s["x"].ravel() for s in samples])
+    for name in ("r", "x", "f"):
+        assert np.array_equal(
+            found[name].histogram.counts, np.bincount(x.view(np.uint32) >> 16, minlength=65536)
+        )
+        assert found[name].samples == len(samples)
+        assert found[name].maximum == x.max()
+        low = np.mean([s["x"].min() for s in samples])
+        assert found[name].average_extremes[0] == pytest.approx(low)
+    assert found["s"].count == 6 * 10, "a value from outside counts in each turn of the loop"
+    assert found["q"].count == found["h"].count == 6 * 10
+    assert found["r"] is not found["x"]
+    shared = {id(found[n].histogram.counts) for n in names}
+    assert len(shared) == len(names), "merging other shards must not count twice"
