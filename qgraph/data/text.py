@@ -243,6 +243,26 @@ def _tokenizer(path: str) -> Any:
         fail("QG112", path, f"is no tokenizer.json: {e}", "save it with tokenizer.save(path)", e)
 
 
+def tokenize(path: str | Path, tokenizer: str) -> Array:
+    """Token ids [n] of a whole text as it stands, line ends included, without special tokens.
+
+    Args:
+        path: a text file in UTF-8.
+        tokenizer: a tokenizer.json.
+
+    Raises:
+        errors.InputError: QG111, QG112 for a file that cannot be used, QG151 where tokenizers is not installed.
+    """
+    made = _tokenizer(tokenizer)
+    made.no_padding()
+    made.no_truncation()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        fail("QG112", str(path), f"cannot be read: {e}", "give a text file in UTF-8", e)
+    return np.array(made.encode(text, add_special_tokens=False).ids, np.int64)
+
+
 def _pad_id(spec: Text, tokenizer: Any) -> int:
     told = [spec.pad_id, (tokenizer.padding or {}).get("pad_id"), *map(tokenizer.token_to_id, PADS)]
     found = next((each for each in told if each is not None), None)

@@ -37,6 +37,7 @@ class Comparison:
     float_bytes: int
     quant_bytes: int
     size_ratio: float
+    bits_per_weight: float | None
     latency: cost.Latency | None
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def compare(
         float_bytes=sizes[0],
         quant_bytes=sizes[1],
         size_ratio=sizes[1] / sizes[0],
+        bits_per_weight=cost.bits_per_weight(float_model, quant_model),
         latency=latency,
     )
 

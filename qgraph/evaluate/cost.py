@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from qgraph import files, graph
+from qgraph import files, graph, weights
 from qgraph.evaluate import sessions, statistics
 
 SHORTEST = 0.002  # seconds; faster runs are repeated, so that the clock and the call do not count
@@ -83,6 +84,34 @@ def _seconds(session: Any, feeds: Mapping[str, npt.NDArray[Any]], repeats: int) 
     for _ in range(repeats):
         session.run(None, feeds)
     return (time.perf_counter() - start) / repeats
+
+
+def bits_per_weight(float_model: files.Source, quant_model: files.Source) -> float | None:
+    """Stored bits of the quantized model for each element of the float model's quantizable weights.
+
+    Counts every constant of the quantized model (codes, scales, zero points, padding, repacked tables) but those that
+    the float model holds under the same name and size and that are no such weight: gains, biases, shapes.
+    None where the float model has no quantizable weights.
+    """
+    before, after = files.load(float_model), files.load(quant_model)
+    found = weights.find(before)
+    elements = sum(math.prod(w.dims) for w in found)
+    names = {w.name for w in found}
+    kept = {name: size for name, size in _constants(before) if name not in names}
+    stored = sum(size for name, size in _constants(after) if kept.get(name) != size)
+    return 8 * stored / elements if elements else None
+
+
+def _constants(model: ir.Model) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of every initializer and every Constant node."""
+    for _, value in graph.initializers(model):
+        assert value.const_value is not None
+        yield str(value.name), int(value.const_value.nbytes)
+    for node in graph.nodes(model):
+        for value in node.outputs:
+            tensor = graph.node_constant(value)
+            if tensor is not None:
+                yield str(value.name), int(tensor.nbytes)
 
 
 def model_bytes(model: files.Source) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def accuracy(
     Raises:
         errors.InputError: QG11x, QG121; QG125 where labels and predictions do not fit.
     """
-    dataset = _dataset(data, model)
+    dataset = dataset_of(data, model)
     session = sessions.open_session(model, threads=threads)
     output = sessions.the_logit_output(session, logits)
     _require_fit("labels", len(labels), len(dataset), "samples")
@@ -48,6 +49,54 @@ def accuracy(
         _require_fit(f"labels of sample {index}", label.size, top.size, "predictions")
         meter.add(int((top == label).sum()), int((label >= 0).sum()))
     return meter.estimate(seed)
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyComparison:
+    """Result of `accuracies`: shares of right predictions, their difference and agreement, over the same samples."""
+
+    float_accuracy: statistics.Estimate
+    quant_accuracy: statistics.Estimate
+    change: statistics.Estimate
+    agreement: statistics.Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dict(statistics.plain(self))
+
+
+def accuracies(
+    float_model: files.Source,
+    quant_model: files.Source,
+    data: samples.Source | samples.Dataset,
+    labels: Sequence[npt.ArrayLike] | npt.NDArray[Any],
+    *,
+    logits: str | None = None,
+    threads: int = 1,
+    seed: int = 0,
+) -> AccuracyComparison:
+    """Accuracy of two models sample by sample, so that the interval of the change is that of pairs.
+
+    Arguments and errors as for `accuracy`; predictions without a label count for nothing, in agreement either.
+    """
+    dataset = dataset_of(data, float_model)
+    pair = [sessions.open_session(model, threads=threads) for model in (float_model, quant_model)]
+    output = sessions.the_logit_output(pair[0], logits)
+    _require_fit("labels", len(labels), len(dataset), "samples")
+    right = [statistics.MeanMeter(), statistics.MeanMeter()]
+    change, same = statistics.MeanMeter(), statistics.MeanMeter()
+    for index, (feeds, given) in enumerate(zip(dataset, labels, strict=True)):
+        first, second = (s.run([output], feeds)[0].argmax(axis=-1).ravel() for s in pair)
+        label = np.asarray(given).ravel()
+        _require_fit(f"labels of sample {index}", label.size, first.size, "predictions")
+        counted = label >= 0
+        hits = [int((top == label)[counted].sum()) for top in (first, second)]
+        for meter, hit in zip(right, hits, strict=True):
+            meter.add(hit, int(counted.sum()))
+        change.add(hits[1] - hits[0], int(counted.sum()))
+        same.add(int((first == second)[counted].sum()), int(counted.sum()))
+    figures = (meter.estimate(seed) for meter in (*right, change, same))
+    return AccuracyComparison(*figures)
 
 
 def _require_fit(where: str, labels: int, others: int, what: str) -> None:
@@ -67,7 +116,7 @@ def agreement(
     seed: int = 0,
 ) -> statistics.Estimate:
     """Share of predictions whose top-1 class both models agree on; arguments as for `accuracy`."""
-    dataset = _dataset(data, float_model)
+    dataset = dataset_of(data, float_model)
     pair = [sessions.open_session(model, threads=threads) for model in (float_model, quant_model)]
     output = sessions.the_logit_output(pair[0], logits)
     meter = statistics.MeanMeter()
@@ -77,7 +126,8 @@ def agreement(
     return meter.estimate(seed)
 
 
-def _dataset(data: samples.Source | samples.Dataset, model: files.Source) -> samples.Dataset:
+def dataset_of(data: samples.Source | samples.Dataset, model: files.Source) -> samples.Dataset:
+    """The data as a dataset that fits the model."""
     if isinstance(data, samples.Dataset):
         return data
     return samples.load(data, samples.inputs_of(model))

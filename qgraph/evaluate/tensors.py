@@ -119,17 +119,12 @@ def sqnr_per_tensor(
             shapes differ.
     """
     pair = (files.load(float_model), files.load(quant_model))
-    known = [_float_values(model) for model in pair]
-    shared = [name for name in known[0] if name in known[1]]
-    candidates = shared if names is None else list(names)
-    for which, model, values in zip(("float", "quantized"), pair, known, strict=True):
-        _require_names(candidates, values, f"{which} model")
-        _add_outputs(model, values, candidates)
+    candidates = shared_values(pair, names)
     first, second = (sessions.open_session(model, threads=threads) for model in pair)
     # Only the runtime knows the type of a value that the file leaves untyped.
     floats = [o.name for o in first.get_outputs() if o.type in sessions.FLOAT_TYPES]
     wanted = [name for name in candidates if name in floats]
-    _require_names(wanted if names is None else candidates, floats, "float model")
+    require_names(wanted if names is None else candidates, floats, "float model")
     meters = {name: ErrorMeter() for name in wanted}
     for sample in [feeds] if isinstance(feeds, Mapping) else feeds:
         results = zip(first.run(wanted, sample), second.run(wanted, sample), strict=True)
@@ -137,6 +132,21 @@ def sqnr_per_tensor(
             require_same_shape(name, x, y)
             meters[name].add(x, y)
     return {name: meter.result() for name, meter in meters.items()}
+
+
+def shared_values(pair: Sequence[ir.Model], names: Sequence[str] | None) -> list[str]:
+    """The named float values, or all that both models hold; they become outputs of both.
+
+    Raises:
+        errors.InputError: QG124 where a name is in one model only, or nothing is in both.
+    """
+    known = [_float_values(model) for model in pair]
+    shared = [name for name in known[0] if name in known[1]]
+    candidates = shared if names is None else list(names)
+    for which, model, values in zip(("float", "quantized"), pair, known, strict=True):
+        require_names(candidates, values, f"{which} model")
+        _add_outputs(model, values, candidates)
+    return candidates
 
 
 def _float_values(model: ir.Model) -> dict[str, ir.Value]:
@@ -149,7 +159,12 @@ def _is_float(kind: ir.TypeProtocol) -> bool:
     return isinstance(kind, ir.TensorType) and kind.dtype.is_floating_point()
 
 
-def _require_names(names: Sequence[str], known: Collection[str], where: str) -> None:
+def require_names(names: Sequence[str], known: Collection[str], where: str) -> None:
+    """Refuse names that are not known, and no names at all.
+
+    Raises:
+        errors.InputError: QG124.
+    """
     found = [
         (f"has no float value {n!r}", errors.nearest(n, known)) for n in names if n not in known
     ]

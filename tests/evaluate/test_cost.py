@@ -98,3 +98,25 @@ def test_short_runs_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rounds_must_be_positive() -> None:
     with pytest.raises(ValueError, match="0 is not a positive number"):
         cost.interleave(None, None, {}, 0)
+
+
+def test_bits_count_scales_and_padding_but_not_what_stays() -> None:
+    import qgraph
+
+    assert evaluate.bits_per_weight(model(64), model(64)) == 32
+    options = {"recipe": "int8-weights", "overrides": ["min_elements=0"], "inspect": False}
+    result = qgraph.optimize(model(64), **options)
+    # Two scales of 32 bits for each row of 64 codes of 8 bits.
+    found = evaluate.bits_per_weight(model(64), result.model)
+    assert found is not None
+    assert found == 8 + 2 * 32 / 64
+    told = result.report.bits_per_weight()
+    assert told is not None
+    assert found == pytest.approx(told, rel=0.01)
+
+
+def test_no_weights_no_bits() -> None:
+    bare = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { y = Neg(x) }'
+    )
+    assert evaluate.bits_per_weight(bare, bare) is None

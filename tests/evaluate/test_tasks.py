@@ -36,6 +36,19 @@ def test_agreement() -> None:
     assert (found.low, found.high) == (0, 1)
 
 
+def test_accuracies_are_compared_in_pairs() -> None:
+    shifted = model("c = Constant<value_floats=[0.0, 0.0, 5.0]>() y = Add(x, c)")
+    found = evaluate.accuracies(model(), shifted, FEEDS, [[0, -1], 2])
+    assert (found.float_accuracy.value, found.quant_accuracy.value) == (1, 0.5)
+    assert (found.change.value, found.agreement.value) == (-0.5, 0.5)
+    assert (found.change.low, found.change.high) == (-1, 0)
+    same = evaluate.accuracies(model(), model(), FEEDS, [[0, 0], 2])
+    assert same.float_accuracy == evaluate.accuracy(model(), FEEDS, [[0, 0], 2])
+    assert same.change.value == 0
+    with pytest.raises(errors.InputError, match="QG125 labels: 1 labels for 2 samples"):
+        evaluate.accuracies(model(), model(), FEEDS, [0])
+
+
 def test_which_output() -> None:
     both = model("z = Neg(x) logits = Identity(x)", "float[n, 3] z, float[n, 3] logits")
     assert evaluate.accuracy(both, FEEDS, [[0, 1], 2]).value == 1
