@@ -148,8 +148,3 @@ def _given_back(control: Mapping[str, Any]) -> list[Child]:
         el("p", str(control["why"])),
         tables.table("given-back", "Weights that got bits back", columns, rows),
     ]
-
-
-def front(report: Report) -> list[Child]:
-    """The Pareto front of mixed precision, where the report has one."""
-    return []

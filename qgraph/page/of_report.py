@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Iterable
 
-from qgraph.page import accuracy, decisions, numbers, runs
+from qgraph.page import accuracy, decisions, mixture, numbers, runs
 from qgraph.page.document import Section, Tile, page
 from qgraph.page.elements import Child, el
 from qgraph.report import Report, megabytes
@@ -25,7 +25,7 @@ def of_report(report: Report) -> str:
         lead.append(" No model was written: an accuracy floor was missed.")
     sections = [
         Section("accuracy", "Accuracy and speed", accuracy.content(report)),
-        Section("choice", "The choice among budgets", accuracy.front(report)),
+        Section("mixed", "Mixed precision", mixture.content(report.mixed)),
         Section("findings", "Findings", _findings(report)),
         Section("layers", "Error and bytes of each weight", decisions.plots(report)),
         Section("decisions", "What was decided, and why", decisions.content(report)),

@@ -123,3 +123,36 @@ def test_attributes_cannot_be_left():
     page = Texts(html(el("p", el("b", "inside"), title='"><script>')))
     assert page.scripts == 0
     assert "".join(page.shown).strip() == "inside"
+
+
+def mixed_figures():
+    points = [(3.2, 0.2, False), (4.5, 0.01, True), (9.0, 0.0, False)]
+    return {
+        "budget": "--avg-bits 4.5", "floors": "", "measure": "kl", "samples": 8, "measurements": 84,
+        "bytes": 700, "avg_bits": 4.5, "predicted": 0.009, "measured": 0.01, "swaps": {"tried": 3, "taken": 1},
+        "front": [
+            {"bytes": int(100 * bits), "avg_bits": bits, "predicted": loss, "measured": loss, "chosen": chosen}
+            for bits, loss, chosen in points
+        ],
+        "groups": [
+            {"weights": ["q", "k"], "labels": ["layers.0.q", "layers.0.k"], "elements": 64, "format": "int4.g32",
+             "options": [{"format": "int4.g32", "loss": 0.0014}, {"format": "int8.ch", "loss": 8e-06}]}
+        ],
+    }  # fmt: skip
+
+
+def test_mixed_precision_shows_its_front_and_what_was_weighed(small_report):
+    report = small_report()
+    assert "Mixed precision" not in report.to_html()
+    report.mixed = mixed_figures()
+    text = report.to_html()
+    page = " ".join(Texts(text).shown)
+    for told in (
+        "Asked for: --avg-bits 4.5",
+        "layers.0.k",
+        "int8.ch 8e-06",
+        "Of 3 swaps that were tried 1 helped",
+    ):
+        assert told in page
+    assert text.count('class="chosen"') == 1
+    assert "4.50 bits per weight, 450 B: measured 0.01, predicted 0.01, chosen" in text
