@@ -31,7 +31,15 @@ def test_compare(run, cnn, quantized, images):
 
 def test_compare_json(run, cnn, quantized, images):
     found = run("compare", cnn, quantized, "--data", images, "--samples", 2, "--json").json
-    keys = {"outputs", "samples", "data_digest", "float_bytes", "quant_bytes", "size_ratio"}
+    keys = {
+        "outputs",
+        "samples",
+        "data_digest",
+        "float_bytes",
+        "quant_bytes",
+        "size_ratio",
+        "bits_per_weight",
+    }
     assert found.keys() == {*keys, "latency", "data"}
     assert found["samples"] == 2
     assert found["size_ratio"] < 0.5

@@ -19,6 +19,7 @@ REPORT_KEYS = {
     "checks",
     "metrics",
     "control",
+    "mixed",
     "choice",
     "latency",
     "seconds",
