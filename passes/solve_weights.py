@@ -1,8 +1,9 @@
 """solve-weights: float weights of the plan → codes and scales, one weight at a time.
 
-At most two weights are in memory: what is solved goes to the spool. A weight with NaN or Inf is an error, not a guess.
-Solvers that ask for Gram matrices get those of the weight's inputs on the data, as many at a time as may be in memory;
-or, one tensor after the other, those of the inputs that they will see behind the weights that are solved already.
+The model is cut into blocks at its narrow points, and one block after the other is solved: its weights, one at a time,
+and what is known about their inputs are all that is in memory. What is solved goes to the spool, and to the work folder
+where there is one. A weight with NaN or Inf is an error, not a guess. Solvers that ask for Gram matrices get those of
+the inputs that their weights will see behind the blocks that are solved already (or of the float model's).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +23,11 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from qgraph import calibrate, cuts, data, errors, registry, weights, workdir
+from qgraph import cuts, data, errors, mapped, registry, weights, workdir
 from qgraph.calibrate import grams, groups
-from qgraph.calibrate.twins import Means, Twins, collect
-from qgraph.observers import Wanted
+from qgraph.calibrate.sequence import Course
+from qgraph.calibrate.simulate import Simulated, simulate
+from qgraph.calibrate.twins import Doubles, Means, Twins
 from qgraph.passes.solvers import weighted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.plan import Decision
@@ -49,30 +51,33 @@ class SolveWeights(Pass):
     keeps = Keeps.BIT_EXACT
 
     class Options(PassOptions):
-        """What collecting Gram matrices may use."""
+        """Which inputs are collected."""
 
-        gram_memory: int = 512
-        """MiB of Gram matrices in memory at once; where that is too little the model runs several times."""
-        max_memory: int = 32
-        """MiB of activations alive at once in one of these runs."""
         inputs: Literal["quantized", "float"] = "quantized"
-        """What solvers with data see: inputs of a model whose weights up to there are quantized (it runs once for every
-        tensor that weights read, up to that tensor), or those of the float model (it runs as often as memory asks)."""
+        """What solvers with data see: inputs of a model whose weights up to there are quantized, or those of the float
+        model. Each operator runs once on all samples, in both models or in the float one."""
+        activations: Literal["rounded", "float"] = "rounded"
+        """Whether inputs are rounded meanwhile, where operators of the result will round them, or left float."""
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.plan.solved`."""
         decisions = {d.value: d for d in ctx.plan.quantized()}
-        found = {w.name: w for w in weights.find(model) if w.name in decisions}
         solvers = {d.solver: make_solver(d.solver, ctx) for d in decisions.values()}
-        inputs = {n: _inputs(w, solvers[decisions[n].solver], ctx) for n, w in found.items()}
-        blocks = groups.blocks(cuts.Order(model), list(found.values()), inputs)
+        simulated = Simulated(model, {})
+        is_rounded = self.options_as(SolveWeights.Options).activations == "rounded"
+        if is_rounded and any(s.statistics != "none" for s in solvers.values()):
+            simulated = simulate(model, ctx.plan, ctx.target)
+        found = [w for w in weights.find(simulated.model) if w.name in decisions]
+        inputs = {w.name: _inputs(w, solvers[decisions[w.name].solver], ctx) for w in found}
+        blocks = groups.blocks(cuts.Order(simulated.model), found, inputs)
         if ctx.work is not None:
             plan = hashlib.sha256(ctx.plan.to_json().encode()).hexdigest()
             ctx.work.require({"plan": plan, "weights": workdir.digest(model)})
-        total, done = sum(w.nbytes for w in found.values()) or 1, 0
+        total, done = sum(w.nbytes for w in found) or 1, 0
         asking = next((decisions[n] for n, asked in inputs.items() if asked), None)
         kept: dict[str, Packed] = {}
-        with self._seen(model, asking, ctx) as seen:
+        with self._course(simulated, blocks, asking, ctx) as course:
+            solving = _Solving(decisions, solvers, course, simulated.origins, ctx)
             for number, block in enumerate(blocks):
                 name = f"block-{number:04d}"
                 where = f"block {number + 1} of {len(blocks)}"
@@ -81,135 +86,101 @@ class SolveWeights(Pass):
                 if solved is None:
                     first = len(ctx.diagnostics)
                     solved = {}
-                    for weight, q in self._block(block, seen, decisions, solvers, ctx):
+                    for weight, q in solving.block(block):
                         solved[weight.name] = q
                         done += weight.nbytes
                         ctx.progress(f"{where}, {weight.label}", done / total)
                     _store(name, solved, first, ctx)
+                    if course is not None:
+                        course.finish(number)
                 else:
-                    for each in block.groups:
-                        for weight in each.weights:
-                            seen.replace(weight, solved[weight.name])
-                            done += weight.nbytes
+                    for weight in (w for each in block.groups for w in each.weights):
+                        done += weight.nbytes
+                        if course is not None:
+                            course.replace(weight, solved[weight.name])
+                    if course is not None:
+                        course.skip(number)
                 kept.update(solved)
+                mapped.release(model)
         ctx.plan.solved.update({name: kept[name] for name in decisions})
         ctx.progress("solved", 1.0)
         return False
 
-    def _block(
+    @contextlib.contextmanager
+    def _course(
         self,
-        block: groups.Block,
-        seen: _Seen,
-        decisions: Mapping[str, Decision],
-        solvers: Mapping[str, Solver],
+        simulated: Simulated,
+        blocks: Sequence[groups.Block],
+        asking: Decision | None,
         ctx: Context,
-    ) -> Iterator[tuple[Weight, Packed]]:
-        """Solve the weights of a block; each is written while the next is solved."""
-        places = {name: place for place, name in enumerate(decisions)}
+    ) -> Iterator[Course | None]:
+        """The way through the model, where `asking`, the first that wants to know its inputs, is not None."""
+        if asking is None:
+            yield None
+            return
+        dataset = _dataset(simulated.model, asking, ctx)
+        is_float = self.options_as(SolveWeights.Options).inputs == "float"
+        folder = None if ctx.work is None else ctx.work.folder
+        with tempfile.TemporaryDirectory(prefix="qgraph-walk-") as place:
+            twins = Twins(simulated, dataset, Path(place), ctx.threads, alone=is_float)
+            yield Course(twins, blocks, folder)
+
+
+@dataclass(frozen=True)
+class _Solving:
+    """Solves block after block."""
+
+    decisions: Mapping[str, Decision]
+    solvers: Mapping[str, Solver]
+    course: Course | None
+    origins: Mapping[str, str]
+    ctx: Context
+
+    def block(self, block: groups.Block) -> Iterator[tuple[Weight, Packed]]:
+        """The weights of a block with their results; each is written while the next is solved."""
+        places = {name: place for place, name in enumerate(self.decisions)}
         waiting: list[tuple[Weight, Future[Packed]]] = []
         with ThreadPoolExecutor(1) as keeper:
-            for weight, stats in seen.of(block, ctx):
-                decision = decisions[weight.name]
+            for weight, stats in self._known(block):
+                decision = self.decisions[weight.name]
                 # What is random depends on the weight's place in the plan, not on the order of solving.
-                rng = np.random.default_rng([ctx.recipe.seed, places[weight.name]])
-                q = self._solve(weight, decision, solvers[decision.solver], stats, rng, ctx)
-                seen.replace(weight, q)
-                for before, future in waiting:
-                    yield before, future.result()
-                waiting = [(weight, keeper.submit(Packed, q, ctx.spool))]
-            for before, future in waiting:
-                yield before, future.result()
+                rng = np.random.default_rng([self.ctx.recipe.seed, places[weight.name]])
+                q = self._solve(weight, decision, stats, rng)
+                made = keeper.submit(Packed, q, self.ctx.spool)
+                if self.course is not None:
+                    self.course.replace(weight, made)
+                yield from ((before, future.result()) for before, future in waiting)
+                waiting = [(weight, made)]
+            yield from ((before, future.result()) for before, future in waiting)
 
-    @contextlib.contextmanager
-    def _seen(self, model: ir.Model, asking: Decision | None, ctx: Context) -> Iterator[_Seen]:
-        """What tells about the inputs of weights; `asking` is the first that wants to know."""
-        if asking is None:
-            yield _Seen()
-            return
-        options = self.options_as(SolveWeights.Options)
-        dataset = _dataset(model, asking, ctx)
-        if options.inputs == "float":
-            yield _Float(model, dataset, options)
-            return
-        with tempfile.TemporaryDirectory(prefix="qgraph-twins-") as folder:
-            yield _Quantized(Twins(model, dataset, Path(folder), ctx.threads))
+    def _known(self, block: groups.Block) -> Iterator[tuple[Weight, WeightStats | None]]:
+        """The weights of a block with what is known about their inputs."""
+        for group in block.groups:
+            if not group.inputs or self.course is None:
+                yield from ((weight, None) for weight in group.weights)
+                continue
+            self.ctx.progress(f"calibrating {group.weights[0].label}", 0.0)
+            names = [self.origins.get(n, n) for n in group.inputs]
+            halves = self.course.collect(group)
+            yield from _from_means(halves, group.weights, names, self.ctx)
 
     def _solve(
         self,
         weight: Weight,
         decision: Decision,
-        solver: Solver,
         stats: WeightStats | None,
         rng: np.random.Generator,
-        ctx: Context,
     ) -> QTensor:
         w = weight.read()
-        power = _power(w, weight, ctx.threads)
+        power = _power(w, weight, self.ctx.threads)
         assert decision.spec is not None
-        q = solver.solve(w, decision.spec, stats, rng)
+        q = self.solvers[decision.solver].solve(w, decision.spec, stats, rng)
         error = q.error if stats is None else weighted.plain_error(w, q)
         sqnr = math.inf if error == 0 else 10 * math.log10(power / error) if power else -math.inf
-        ctx.records.setdefault(weight.name, {}).update(
+        self.ctx.records.setdefault(weight.name, {}).update(
             squared_error=error, sqnr_db=sqnr, elements=w.size
         )
         return q
-
-
-class _Seen:
-    """Statistics for the weights of each block: none here."""
-
-    def of(self, block: groups.Block, ctx: Context) -> Iterator[tuple[Weight, WeightStats | None]]:
-        """The weights of a block with what is known about their inputs."""
-        for group in block.groups:
-            yield from ((weight, None) for weight in group.weights)
-
-    def replace(self, weight: Weight, q: QTensor) -> None:
-        """Hear how a weight was solved."""
-
-
-class _Float(_Seen):
-    """Those of the float model."""
-
-    def __init__(
-        self, model: ir.Model, dataset: data.Dataset, options: SolveWeights.Options
-    ) -> None:
-        self._model, self._dataset, self._options = model, dataset, options
-
-    def of(self, block: groups.Block, ctx: Context) -> Iterator[tuple[Weight, WeightStats | None]]:
-        asked = [(w, g.inputs) for g in block.groups for w in g.weights]
-        yield from ((w, None) for w, inputs in asked if not inputs)
-        wanted = [(w, inputs) for w, inputs in asked if inputs]
-        for batch in grams.batches(wanted, self._options.gram_memory << 20):
-            names = dict.fromkeys(n for _, inputs in batch for n in inputs)
-            stats = calibrate.run(
-                self._model,
-                self._dataset,
-                dict.fromkeys(names, Wanted(gram=True)),
-                threads=ctx.threads,
-                max_memory=self._options.max_memory << 20,
-            )
-            held = grams.Grams(stats)
-            for weight, inputs in batch:
-                yield weight, _known(held.of(inputs), weight, inputs, ctx)
-
-
-class _Quantized(_Seen):
-    """Those of a model whose weights are quantized up to the block."""
-
-    def __init__(self, twins: Twins) -> None:
-        self._twins = twins
-
-    def of(self, block: groups.Block, ctx: Context) -> Iterator[tuple[Weight, WeightStats | None]]:
-        for group in block.groups:
-            if not group.inputs:
-                yield from ((weight, None) for weight in group.weights)
-                continue
-            held = list(group.weights)
-            halves = collect(self._twins, held, group.inputs)
-            yield from _from_means(halves, held, group.inputs, ctx)
-
-    def replace(self, weight: Weight, q: QTensor) -> None:
-        self._twins.replace(weight.name, weight.matrix.back(q.dequantize(), weight.dims))
 
 
 def _store(name: str, solved: Mapping[str, Packed], first: int, ctx: Context) -> None:
@@ -275,41 +246,49 @@ def _inputs(weight: Weight, solver: Solver, ctx: Context) -> tuple[str, ...]:
 
 
 def _from_means(
-    halves: tuple[Means, Means], group: Sequence[Weight], inputs: tuple[str, ...], ctx: Context
+    halves: tuple[Means, Means], group: Sequence[Weight], names: Sequence[str], ctx: Context
 ) -> Iterator[tuple[Weight, WeightStats | None]]:
-    """What is known about each weight of a group; the Gram matrix is shared."""
-    whole = halves[0] + halves[1]
-    first = whole.stats(group[0].name)
-    gram = None if first is None else np.asarray(first.gram)
+    """What is known about each weight of a group; the Gram matrix is shared, and the halves are used up."""
+    whole, rest = halves
+    shares = dict.fromkeys((w.name for w in group), 1.0)
+    if whole.cross is not None and rest.cross is not None:
+        for weight in group:
+            first, second = whole.stats(weight.name), rest.stats(weight.name)
+            assert first is not None and second is not None
+            parts = first, second
+            shares[weight.name] = weighted.shrinkage(weight.read(), parts, weighted.DAMPING)
+    whole.take(rest)
+    gram, cross = whole.gram, whole.cross
+    missing = None
+    if gram is not None and cross is not None:
+        missing = np.subtract(cross, gram, out=cross)
     for weight in group:
-        known = _known(gram, weight, inputs, ctx)
-        stats = whole.stats(weight.name)
-        if known is None or stats is None:
-            yield weight, None
-            continue
-        parts = [half.stats(weight.name) for half in halves]
-        share = 1.0
-        if parts[0] is not None and parts[1] is not None:
-            share = weighted.shrinkage(weight.read(), (parts[0], parts[1]), weighted.DAMPING)
-        assert gram is not None and stats.cross is not None
-        cross = gram + share * (stats.cross - gram)
-        offset = None if stats.offset is None else share * stats.offset
-        yield weight, replace(known, cross=cross, offset=offset)
+        known = _known(gram, weight, names, ctx)
+        if known is not None and missing is not None:
+            share = shares[weight.name]
+            assert gram is not None
+            offset = whole.offsets.get(weight.name)
+            known = replace(
+                known,
+                cross=gram + share * missing,
+                offset=None if offset is None else share * offset,
+            )
+        yield weight, known
 
 
 def _known(
-    gram: grams.Doubles | None, weight: Weight, inputs: tuple[str, ...], ctx: Context
+    gram: Doubles | None, weight: Weight, names: Sequence[str], ctx: Context
 ) -> WeightStats | None:
     if gram is None:
         ctx.report(
-            "warning", "QG405", weight.label, f"the samples never reach {' or '.join(inputs)}",
+            "warning", "QG405", weight.label, f"the samples never reach {' or '.join(names)}",
             "it was solved as if all inputs were alike; give samples that take every branch",
         )  # fmt: skip
         return None
     if not np.isfinite(gram).all():
         raise errors.InputError(
             errors.Diagnostic(
-                "error", "QG403", weight.label, f"its input {' or '.join(inputs)} has NaN or Inf",
+                "error", "QG403", weight.label, f"its input {' or '.join(names)} has NaN or Inf",
                 'leave such samples out, or give the weight solver = "rtn" in a rule',
             )
         )  # fmt: skip

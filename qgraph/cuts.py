@@ -33,7 +33,7 @@ class Order:
             for body, top in graph.ancestors(model).items()
             for inner in body
         }
-        self._made = {v: 0 for v in model.graph.inputs if not graph.is_constant(v)}
+        self._made = {v: 0 for v in model.graph.inputs if not v.is_initializer()}
         self._made |= {v: i + 1 for i, n in enumerate(self.nodes) for v in n.outputs}
         self._read = dict.fromkeys(self._made, -1)  # where the last reader stands
         for node, place in self._place.items():

@@ -68,14 +68,17 @@ def load(path: Path) -> ir.Model:
 
 def release(model: ir.Model) -> None:
     """Give the pages of mapped weights back; they are read again when they are needed."""
-    seen = set()
     for _, value in graph.initializers(model):
-        base = value.const_value.raw if isinstance(value.const_value, ir.Tensor) else None
-        while isinstance(base, (np.ndarray, memoryview)):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        if isinstance(base, mmap.mmap) and id(base) not in seen and hasattr(mmap, "MADV_DONTNEED"):
-            seen.add(id(base))
-            base.madvise(mmap.MADV_DONTNEED)
+        if isinstance(value.const_value, (ir.Tensor, ir.ExternalTensor)):
+            drop(value.const_value.raw)
+
+
+def drop(held: object) -> None:
+    """Give back the pages of an array or buffer, where they are those of a mapped file."""
+    while isinstance(held, (np.ndarray, memoryview)):
+        held = held.base if isinstance(held, np.ndarray) else held.obj
+    if isinstance(held, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        held.madvise(mmap.MADV_DONTNEED)
 
 
 def _without_weights(data: mmap.mmap, places: dict[str, Span]) -> Iterator[bytes]:

@@ -44,6 +44,20 @@ class Request:
     barred: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How an operator rounds its input at run time.
+
+    Attributes:
+        bits: of the codes.
+        block: columns that share a scale without zero point, 0 for the whole row; None where the whole tensor has one
+            scale and zero point (DynamicQuantizeLinear).
+    """
+
+    bits: int
+    block: int | None = None
+
+
 class Form(ABC):
     """One way to write a quantized weight for its operator."""
 
@@ -68,6 +82,10 @@ class Form(ABC):
     def partners(self, use: Use) -> tuple[int, ...]:
         """Further inputs of the operator that hold weights and must be in this form too."""
         return ()
+
+    def rounding(self, spec: QuantSpec) -> Rounding | None:
+        """How the operator rounds its input when the weight is quantized so; None where that is left to the runtime."""
+        return None
 
     @abstractmethod
     def write(

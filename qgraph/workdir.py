@@ -1,7 +1,8 @@
 """A folder of finished work: what was interrupted goes on from there, to the same bytes.
 
-    work.json        what the work is for: digests of model, recipe, data, plan; versions
-    block-0000.npz   results, one file for each finished block; written under another name and renamed
+    work.json            what the work is for: digests of model, recipe, data, plan; versions
+    block-0000.npz       results, one file for each finished block; written under another name and renamed
+    inputs-0001-float/   the values that the block after the last finished one needs, for each sample
 
 What is there counts only for exactly the same work. A folder of other work is refused, not overwritten.
 """
@@ -108,7 +109,9 @@ class WorkDir:
     def clear(self) -> None:
         """Delete all that was kept: the work is done."""
         for path in self.folder.iterdir():
-            if path.name == _KEY or path.suffix == ".npz" or _is_scrap(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:

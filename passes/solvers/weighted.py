@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +30,7 @@ _BLOCK = 512  # columns of the Cholesky factor made at once
 _COLUMNS = 512  # columns of a product that may already decide
 _BAND = 128
 _EXACT = 1024  # up to so many columns the cost is not taken from float32 sums
+_JUDGED = 512  # rows that judge how much of a change is noise
 _MARGIN = 1e-3  # relative error that such a sum may have
 DAMPING = 0.01  # share of the mean diagonal that is added by default
 
@@ -106,10 +107,27 @@ class Curvature:
         """[K] float32, R_jj²."""
         return np.square(np.diag(self.upper))
 
+    def over(self, a: Doubles) -> Doubles:
+        """A H⁻¹ for some rows A [m, K], by substitution with the Cholesky factor: no inverse is made."""
+        backwards, lower, k = self.order[::-1].astype(np.int64), self._lower, len(self._lower)
+        x = a[:, backwards]
+        blocks = [slice(start, min(start + _BLOCK, k)) for start in range(0, k, _BLOCK)]
+        for here, inverse in zip(blocks, self._inverses, strict=True):
+            x[:, here] -= x[:, : here.start] @ lower[here, : here.start].T
+            x[:, here] = x[:, here] @ inverse.T
+        for here, inverse in zip(reversed(blocks), reversed(self._inverses), strict=True):
+            x[:, here] -= x[:, here.stop :] @ lower[here.stop :, here]
+            x[:, here] = x[:, here] @ inverse
+        found = np.empty_like(x)
+        found[:, backwards] = x
+        return found
+
     @cached_property
-    def inverse(self) -> Doubles:
-        """H⁻¹."""
-        return np.asarray(np.linalg.inv(self.damped), np.float64)
+    def _inverses(self) -> list[Doubles]:
+        """Those of the blocks on the diagonal of the factor."""
+        starts = range(0, len(self._lower), _BLOCK)
+        blocks = [self._lower[s : s + _BLOCK, s : s + _BLOCK] for s in starts]
+        return [np.asarray(np.linalg.inv(block), np.float64) for block in blocks]
 
     def target(
         self, w: npt.NDArray[np.floating[Any]], stats: WeightStats | None
@@ -117,10 +135,11 @@ class Curvature:
         """The weights w* [N, K] that the rounded ones should be near: w where inputs are those of the float model."""
         if stats is None or stats.cross is None:
             return w
-        missing = w.astype(np.float64) @ (stats.cross - self.gram)
-        if stats.offset is not None:
-            missing += stats.offset
-        return (w + missing @ self.inverse).astype(np.float32)
+        found = np.empty(w.shape, np.float32)
+        difference = stats.cross - self.gram
+        for rows in _rows(w):
+            found[rows] = w[rows] + self.over(_missing(w, difference, stats, rows))
+        return found
 
     @cached_property
     def single(self) -> Floats:
@@ -163,24 +182,48 @@ def shrinkage(
 ) -> float:
     """How much of w* - w is worth having, 0..1.
 
-    The least-squares factor, on one half of the samples, for the difference that the other half asks for.
+    The least-squares factor, on one half of the samples, for the difference that the other half asks for. Of many rows
+    a part says it as well.
 
     Args:
         w: [N, K] weights.
         halves: what is known from each half of the samples.
         damping: as in Curvature.
     """
+    if len(w) > _JUDGED:
+        chosen = np.linspace(0, len(w) - 1, _JUDGED).astype(np.int64)
+        w = w[chosen]
+        first, second = (
+            replace(h, offset=None if h.offset is None else h.offset[chosen]) for h in halves
+        )
+        halves = first, second
     along = square = 0.0
     for here, there in (halves, halves[::-1]):
         assert here.gram is not None and there.gram is not None and there.cross is not None
         found = Curvature(np.asarray(here.gram, np.float64), damping).target(w, here)
-        change = found.astype(np.float64) - w
-        missing = w.astype(np.float64) @ (there.cross - there.gram)
-        if there.offset is not None:
-            missing += there.offset
-        along += float(np.einsum("nk,nk->", missing, change))
-        square += float(np.einsum("nk,nk->", change @ there.gram, change))
+        difference = there.cross - there.gram
+        for rows in _rows(w):
+            change = found[rows].astype(np.float64) - w[rows]
+            missing = _missing(w, difference, there, rows)
+            along += float(np.einsum("nk,nk->", missing, change))
+            square += float(np.einsum("nk,nk->", change @ there.gram, change))
     return min(max(along / square, 0.0), 1.0) if square > 0 else 0.0
+
+
+def _rows(w: npt.NDArray[np.floating[Any]]) -> Iterator[slice]:
+    """Some rows at a time: in float64, products with all of them would take several times as much as the weights."""
+    size = max(1, _CHUNK // max(w.shape[1], 1))
+    yield from (slice(start, start + size) for start in range(0, len(w), size))
+
+
+def _missing(
+    w: npt.NDArray[np.floating[Any]], difference: Doubles, stats: WeightStats, rows: slice
+) -> Doubles:
+    """The sum w (G - H) + C for some rows, float64."""
+    missing: Doubles = w[rows].astype(np.float64) @ difference
+    if stats.offset is not None:
+        missing += stats.offset[rows]
+    return missing
 
 
 def _factor_in_place(a: Doubles) -> None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qgraph import graph
 from qgraph.spec import QTensor, QuantSpec
-from qgraph.target import Form, Request, Writer
+from qgraph.target import Form, Request, Rounding, Writer
 from qgraph.weights import Matrix, Use, Weight
 
 
@@ -55,6 +55,10 @@ class DynamicInteger(Form):
         """[K, N], as MatMul reads them."""
         n, k = request.use.matrix.shape(request.dims)
         return ("qdq", Matrix((1, 0)), (k, n))
+
+    def rounding(self, spec: QuantSpec) -> Rounding | None:
+        """DynamicQuantizeLinear."""
+        return Rounding(8)
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None

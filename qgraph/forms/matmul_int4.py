@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qgraph.forms.matmul_packed import MatMulPacked
 from qgraph.ops import layout
 from qgraph.spec import QTensor, QuantSpec
-from qgraph.target import Request, Writer
+from qgraph.target import Request, Rounding, Writer
 from qgraph.weights import Weight
 
 _WHOLE_ROW_BLOCK = 128
@@ -37,6 +37,12 @@ class MatMulInt4(MatMulPacked):
     def layout(self, request: Request) -> Hashable:
         """That of GatherInt4: a table that is also the head is stored once."""
         return tiles(request)
+
+    def rounding(self, spec: QuantSpec) -> Rounding | None:
+        """Blocks as long as the weight's groups."""
+        if not self.activation_bits:
+            return None
+        return Rounding(self.activation_bits, spec.group or _WHOLE_ROW_BLOCK)
 
     def stored(
         self, writer: Writer, weight: Weight, q: QTensor

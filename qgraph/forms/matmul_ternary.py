@@ -14,8 +14,8 @@ import onnx_ir as ir
 from qgraph import ternary
 from qgraph.forms.matmul_packed import MatMulPacked
 from qgraph.ops import layout
-from qgraph.spec import QTensor
-from qgraph.target import Request, Writer
+from qgraph.spec import QTensor, QuantSpec
+from qgraph.target import Request, Rounding, Writer
 from qgraph.weights import Weight
 
 
@@ -41,6 +41,10 @@ class MatMulTernary(MatMulPacked):
         if not ternary.is_ternary(request.use):
             return "the weight has other values than -s, 0 and s in a row"
         return ""
+
+    def rounding(self, spec: QuantSpec) -> Rounding | None:
+        """Whole rows."""
+        return Rounding(self.activation_bits, 0) if self.activation_bits else None
 
     def stored(
         self, writer: Writer, weight: Weight, q: QTensor

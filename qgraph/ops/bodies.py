@@ -291,6 +291,19 @@ def proto(name: str, opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(f"{head} {{\n{body}\n}}")
 
 
+def rounding(domain: str, opset: int) -> ir.Function:
+    """`Round` of a domain: X with its blocks rounded as the operators here round theirs.
+
+    Raises:
+        ValueError: the opset is below 18.
+    """
+    if opset < MIN_OPSET:
+        raise ValueError(f"rounding needs opset {MIN_OPSET}, the model has {opset}")
+    head = f'<domain: "{domain}", opset_import: ["": {opset}]>\nRound <K, activation_bits, activation_block> (X) => (Y)'
+    body = f"x_shape = Shape (X)\n{_ROUNDED}\nY = CastLike (x, X)"
+    return ir.serde.deserialize_function(onnx.parser.parse_function(f"{head} {{\n{body}\n}}"))
+
+
 def function(name: str, opset: int) -> ir.Function:
     """The body of an operator as a new onnx_ir function."""
     return ir.serde.deserialize_function(proto(name, opset))

@@ -8,11 +8,13 @@ import pytest
 import qgraph
 from qgraph import files, weights
 from qgraph.calibrate import grams
+from qgraph.calibrate.groups import Group
+from qgraph.calibrate.simulate import Simulated
 from qgraph.calibrate.twins import Means, Twins, collect
 from qgraph.models import data
 from qgraph.passes.solvers import weighted
 from qgraph.solver import WeightStats
-from qgraph.spec import QuantSpec
+from qgraph.spec import QTensor, QuantSpec
 
 
 def samples(count=3):
@@ -32,11 +34,25 @@ def model():
 @pytest.fixture
 def twins(model, tmp_path):
     dataset = qgraph.data.load(samples(), qgraph.data.inputs_of(model))
-    return Twins(model, dataset, tmp_path, 1)
+    return Twins(Simulated(model, {}), dataset, tmp_path, 1, alone=False)
 
 
 def output(weight):
     return str(weight.uses[0].node.outputs[0].name)
+
+
+def scaled(weight, factor):
+    """A quantized weight that stands for `factor` times the weight, nearly."""
+    spec = QuantSpec.parse("int8.ch")
+    w = np.float32(factor) * weight.read()
+    scale = np.maximum(np.abs(w).max(axis=1, keepdims=True) / 127, 1e-9).astype(np.float32)
+    return QTensor(spec, np.rint(w / scale).astype(np.int8), scale)
+
+
+def group_of(weight):
+    inputs = grams.inputs_of(weight)
+    assert not isinstance(inputs, str)
+    return Group((weight,), inputs, 0)
 
 
 def test_twins_are_alike_until_a_weight_is_replaced(model, twins):
@@ -45,7 +61,7 @@ def test_twins_are_alike_until_a_weight_is_replaced(model, twins):
     for values in twins.samples(names):
         for name in names:
             np.testing.assert_array_equal(*values[name])
-    twins.replace(first.name, np.zeros(first.dims, np.float32))
+    twins.replace(first, scaled(first, 0))
     for values in twins.samples(names):
         assert values[names[0]][0].any() and not values[names[0]][1].any()
         assert not np.array_equal(*values[names[1]])
@@ -58,32 +74,39 @@ def test_means_are_those_of_the_two_models(model, twins):
     last = next(
         w for w in reversed(found) if w.shape[1] > w.shape[0]
     )  # down to the residual stream
-    twins.replace(first.name, first.matrix.back(0.5 * first.read(), first.dims))
-    inputs = grams.inputs_of(last)
-    assert not isinstance(inputs, str)
-    halves = collect(twins, [last], inputs)
+    twins.replace(first, scaled(first, 0.5))
+    group = group_of(last)
+    halves = collect(twins, group)
     assert [half.rows for half in halves] == [2 * 64, 64]
-    means = halves[0] + halves[1]
+    means, rest = halves
+    means.take(rest)
     stream = last.uses[0].node.outputs[0].uses()[0][0]
     other = next(v for v in stream.inputs if v.name != output(last)).name
-    pairs = list(twins.samples([inputs[0], other]))
+    pairs = list(twins.samples([group.inputs[0], other]))
     x, seen, r, other_r = (
         np.concatenate([p[name][side].reshape(-1, p[name][side].shape[-1]) for p in pairs])
-        for name, side in ((inputs[0], 0), (inputs[0], 1), (other, 0), (other, 1))
+        for name, side in ((group.inputs[0], 0), (group.inputs[0], 1), (other, 0), (other, 1))
     )
     x, seen = x.astype(np.float64), seen.astype(np.float64)
-    assert means.rows == len(x) == 3 * 64
-    np.testing.assert_allclose(means.gram, seen.T @ seen, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(means.cross, x.T @ seen, rtol=1e-9, atol=1e-9)
-    lost = (r.astype(np.float64) - other_r).T @ seen
-    np.testing.assert_allclose(means.offsets[last.name], lost, rtol=1e-9, atol=1e-9)
+    rows = len(x)
+    assert means.rows == rows == 3 * 64
+    np.testing.assert_allclose(means.gram, seen.T @ seen / rows, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(means.cross, x.T @ seen / rows, rtol=1e-9, atol=1e-11)
+    lost = (r.astype(np.float64) - other_r).T @ seen / rows
+    np.testing.assert_allclose(means.offsets[last.name], lost, rtol=1e-9, atol=1e-11)
+
+
+def test_alone_only_the_gram_matrix_is_made(model, tmp_path):
+    dataset = qgraph.data.load(samples(), qgraph.data.inputs_of(model))
+    alone = Twins(Simulated(model, {}), dataset, tmp_path, 1, alone=True)
+    means, rest = collect(alone, group_of(linear(model)[-1]))
+    means.take(rest)
+    assert means.rows == 3 * 64 and means.gram is not None
+    assert means.cross is None and means.offsets == {}
 
 
 def test_what_is_not_added_to_anything_has_no_offset(model, twins):
-    first = linear(model)[0]
-    inputs = grams.inputs_of(first)
-    assert not isinstance(inputs, str)
-    assert [half.offsets for half in collect(twins, [first], inputs)] == [{}, {}]
+    assert [half.offsets for half in collect(twins, group_of(linear(model)[0]))] == [{}, {}]
 
 
 def pair(n=24, k=64, rows=1500, noise=0.3):
@@ -99,7 +122,7 @@ def pair(n=24, k=64, rows=1500, noise=0.3):
 def stats_of(x, seen, lost):
     means = Means()
     means.add((x, seen), {"w": (lost, np.zeros_like(lost))})
-    found = means.stats("w")
+    found = means.finish().stats("w")
     assert found is not None
     return found
 
@@ -136,11 +159,14 @@ def test_without_a_difference_the_target_is_the_weight():
 
 
 def test_no_rows_say_nothing_and_add_nothing():
-    full = Means()
     x = np.ones((3, 2))
+    full = Means()
     full.add((x, x), {})
-    assert Means().stats("w") is None
-    assert (Means() + full) is full and (full + Means()) is full
+    empty = Means()
+    empty.take(full.finish())
+    empty.take(Means().finish())
+    assert empty.rows == 3 and np.array_equal(empty.gram, np.ones((2, 2)))
+    assert Means().finish().stats("w") is None
 
 
 def test_few_rows_are_believed_less():

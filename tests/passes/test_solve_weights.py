@@ -83,20 +83,6 @@ def test_int4_gptq_is_nearer_to_the_float_model_than_int4(target):
     assert found["int4-gptq"] < 0.85 * found["int4"]
 
 
-def test_memory_for_gram_matrices_changes_nothing_but_the_number_of_runs():
-    made = []
-    for memory in (0, 512):
-        result = tiny_llama(
-            {
-                "extends": "int4-gptq",
-                "options": {"solve-weights": {"gram_memory": memory, "inputs": "float"}},
-            },
-            data=samples(2),
-        )
-        made.append({e.label: e.sqnr_db for e in result.ledger})
-    assert made[0] == made[1]
-
-
 def test_inputs_of_the_quantized_model_are_better_than_those_of_the_float_model():
     from qgraph import evaluate
 
