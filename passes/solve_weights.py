@@ -250,30 +250,32 @@ def _from_means(
 ) -> Iterator[tuple[Weight, WeightStats | None]]:
     """What is known about each weight of a group; the Gram matrix is shared, and the halves are used up."""
     whole, rest = halves
-    shares = dict.fromkeys((w.name for w in group), 1.0)
-    if whole.cross is not None and rest.cross is not None:
-        for weight in group:
-            first, second = whole.stats(weight.name), rest.stats(weight.name)
-            assert first is not None and second is not None
-            parts = first, second
-            shares[weight.name] = weighted.shrinkage(weight.read(), parts, weighted.DAMPING)
+    shares = [_share(weight, halves) for weight in group]
     whole.take(rest)
-    gram, cross = whole.gram, whole.cross
-    missing = None
-    if gram is not None and cross is not None:
-        missing = np.subtract(cross, gram, out=cross)
-    for weight in group:
+    gram, missing = whole.gram, whole.cross
+    if gram is not None and missing is not None:
+        missing -= gram
+    for index, (weight, share) in enumerate(zip(group, shares, strict=True)):
         known = _known(gram, weight, names, ctx)
         if known is not None and missing is not None:
-            share = shares[weight.name]
             assert gram is not None
-            offset = whole.offsets.get(weight.name)
-            known = replace(
-                known,
-                cross=gram + share * missing,
-                offset=None if offset is None else share * offset,
-            )
+            offset = whole.offsets.pop(weight.name, None)
+            if offset is not None:
+                offset *= share
+            # These matrices are the largest things in memory: the last weight gets the one that is there.
+            cross = missing if index == len(group) - 1 else missing.copy()
+            cross *= share
+            cross += gram
+            known = replace(known, cross=cross, offset=offset)
         yield weight, known
+
+
+def _share(weight: Weight, halves: tuple[Means, Means]) -> float:
+    """How much of what the halves ask for is more than noise."""
+    first, second = (half.stats(weight.name) for half in halves)
+    if first is None or second is None or first.cross is None or second.cross is None:
+        return 1.0
+    return weighted.shrinkage(weight.read(), (first, second), weighted.DAMPING)
 
 
 def _known(

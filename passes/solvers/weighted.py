@@ -75,12 +75,11 @@ class Curvature:
         """Columns with the most energy first: their errors are made up for by most others (act-order)."""
         return np.argsort(-np.diag(self.gram), kind="stable").astype(np.int32)
 
-    @cached_property
-    def damped(self) -> Doubles:
-        """[K, K] float64, H."""
-        damped = self.gram.copy()
-        damped.flat[:: len(damped) + 1] += self.added
-        return damped
+    def times(self, a: Doubles) -> Doubles:
+        """A H for some rows A [m, K]; H itself is not stored in float64."""
+        found: Doubles = a @ self.gram
+        found += self.added * a
+        return found
 
     @cached_property
     def upper(self) -> Floats:
@@ -144,12 +143,16 @@ class Curvature:
     @cached_property
     def single(self) -> Floats:
         """H in float32."""
-        return self.damped.astype(np.float32)
+        single = self.gram.astype(np.float32)
+        single.flat[:: len(single) + 1] = np.diag(self.gram) + self.added
+        return single
 
     def group_sums(self, group: int) -> Floats:
         """[G, K] float32: the sum of the rows of H in each group."""
-        starts = np.arange(0, len(self.damped), group)
-        return np.add.reduceat(self.damped, starts, axis=0).astype(np.float32)
+        columns = np.arange(len(self.gram))
+        sums = np.add.reduceat(self.gram, columns[::group], axis=0)
+        sums[columns // group, columns] += self.added
+        return sums.astype(np.float32)
 
     def compare(self, w: Floats, rows: Rows, found: Doubles) -> Doubles:
         """What each row costs [N] where that is no more than `found`, else inf.
@@ -380,7 +383,7 @@ class Task:
                 other,
                 self.curvature.single,
                 sums,
-                (e @ self.curvature.damped).astype(np.float32),
+                self.curvature.times(e).astype(np.float32),
                 fits_scales=not self.spec.is_per_tensor,
                 fits_zero_points=not (self.spec.symmetric or self.spec.is_per_tensor),
                 sweeps=sweeps,
