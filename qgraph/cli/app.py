@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 import qgraph
 from qgraph import errors
 from qgraph.cli import bisect, catalogue, doctor, inspect, measure, optimize, terminal
+from qgraph.cli import evaluation as judge
 
 DONE, USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 0, 1, 70, 130
 VERBOSE = ("-v", "--verbose")
@@ -179,7 +180,10 @@ def _application() -> typer.Typer:
         (made, "Quantize", "inspect", inspect.inspect, inspect.EXAMPLES),
         (made, "Quantize", "bisect", bisect.bisect, bisect.EXAMPLES),
         (made, "Measure", "compare", measure.compare, measure.COMPARE_EXAMPLES),
-        (evaluation, "", "perplexity", measure.perplexity, measure.PERPLEXITY_EXAMPLES),
+        (evaluation, "", "perplexity", judge.perplexity, judge.PERPLEXITY_EXAMPLES),
+        (evaluation, "", "accuracy", judge.accuracy, judge.ACCURACY_EXAMPLES),
+        (evaluation, "", "embeddings", judge.embeddings, judge.EMBEDDINGS_EXAMPLES),
+        (evaluation, "", "tensors", judge.tensors, judge.TENSORS_EXAMPLES),
         (made, "What there is", "recipes", catalogue.recipes, catalogue.RECIPES_EXAMPLES),
         (made, "What there is", "targets", catalogue.targets, ""),
         (made, "What there is", "passes", catalogue.passes, ""),
@@ -190,7 +194,7 @@ def _application() -> typer.Typer:
         panel_of = {"rich_help_panel": panel} if panel else {}
         app.command(name, cls=Command, epilog=examples, **panel_of)(function)  # type: ignore[arg-type]
         if name == "compare":
-            title = "Measure a model on a task (perplexity)."
+            title = "Measure a model on a task, or find the layer that hurts."
             made.add_typer(evaluation, name="eval", help=title, rich_help_panel=panel)
     return made
 

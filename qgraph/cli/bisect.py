@@ -184,7 +184,7 @@ def _check(
 ) -> Check:
     from qgraph import bisect as search
     from qgraph import verify
-    from qgraph.cli.measure import read_tokens
+    from qgraph.cli.evaluation import read_tokens
     from qgraph.cli.optimize import dataset
 
     min_sqnr, max_kl, min_agreement = floors

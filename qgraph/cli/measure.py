@@ -1,4 +1,4 @@
-"""`qgraph compare` and `qgraph eval perplexity`: how good, how small and how fast a quantized model is."""
+"""`qgraph compare`: how good, how small and how fast a quantized model is."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qgraph import errors
-from qgraph.cli import options, terminal
+from qgraph.cli import options, reports, terminal
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from qgraph.evaluate import Comparison, Divergence, Estimate, LanguageComparison
+    from qgraph.evaluate import Comparison, Divergence, Estimate
 
 COMPARE_EXAMPLES = """
 Examples:
   qgraph compare model.onnx model.q.onnx --data samples.npz
   qgraph compare model.onnx model.q.onnx --data samples.npz --min-sqnr 25 --json
   qgraph compare model.onnx model.q.onnx --random 4 --rounds 0
-"""
-PERPLEXITY_EXAMPLES = """
-Examples:
-  qgraph eval perplexity zoo:tiny-llama --tokens zoo:tiny-llama --context 256
-  qgraph eval perplexity model.q.onnx --float model.onnx --tokens held_out.npy --context 1024
+  qgraph compare model.onnx model.q.onnx --data samples.npz --report found.html
 """
 
 FloatModel = Annotated[
@@ -52,43 +45,6 @@ Rounds = Annotated[
 OneThread = Annotated[
     int, typer.Option("--threads", metavar="N", min=1, help="Threads of each session.")
 ]
-Tokens = Annotated[
-    str,
-    typer.Option(
-        "--tokens",
-        metavar="FILE.npy|zoo:NAME",
-        help="Token ids, one integer array; zoo:NAME: the held-out text of a reference model.",
-        rich_help_panel=options.DATA,
-    ),
-]
-ContextLength = Annotated[
-    int,
-    typer.Option(
-        "--context",
-        metavar="N",
-        min=2,
-        help="Tokens per window; windows do not overlap.",
-        rich_help_panel=options.DATA,
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        metavar="N",
-        min=2,
-        help="Use the first N tokens. Default: all.",
-        rich_help_panel=options.DATA,
-    ),
-]
-FloatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--float",
-        metavar="MODEL",
-        help="The float model: adds its perplexity, KL divergence and agreement.",
-    ),
-]
 
 
 def compare(
@@ -104,6 +60,8 @@ def compare(
     min_agreement: options.MinAgreement = None,
     rounds: Rounds = 20,
     threads: OneThread = 1,
+    report: reports.Reports = None,
+    force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Compare a quantized model with its float model on data.
@@ -116,7 +74,9 @@ def compare(
         message = "a comparison needs either data or random inputs"
         hint = "give --data FILE.npz (real inputs), or --random N to compare on random ones"
         raise errors.InputError(errors.Diagnostic("error", "QG131", "--data", message, hint))
+    reports.check(report, force=force)
     from qgraph import evaluate, files, floors
+    from qgraph.evaluate import telling
 
     files.load(quant_model)  # says better than a session what is wrong with a file
     with terminal.progress(is_shown=not as_json) as progress:
@@ -126,7 +86,11 @@ def compare(
         found = evaluate.compare(
             float_model, quant_model, feeds, logits=logits or (), rounds=rounds, threads=threads
         )
-    terminal.found.update(found.to_json(), data=data or f"random ({random})")
+    source = data or f"random ({random})"
+    terminal.found.update(found.to_json(), data=source)
+    told = telling.of_comparison(found, float_model, quant_model, source)
+    told.command = ["qgraph", *terminal.given]
+    reports.write(told, report)
     problems = floors.Floors(data, min_sqnr, max_kl, min_agreement).problems(found.outputs)
     if not as_json:
         _comparison(found, float_model, quant_model, data, random)
@@ -160,11 +124,13 @@ def _comparison(
 
     count = terminal.counted(found.samples, "sample")
     source = f"{data}, {count}" if data else f"random inputs ({random}): says little of accuracy"
+    bits = found.bits_per_weight
     sizes = megabytes(found.float_bytes), megabytes(found.quant_bytes)
     terminal.pairs(
         [
             ("float", f"{float_model}, {sizes[0]}"),
             ("quantized", f"{quant_model}, {sizes[1]} ({found.size_ratio:.2f}x)"),
+            ("bits per weight", "" if bits is None else f"{bits:.2f}"),
             ("data", source),
             ("latency", _latency(found)),
         ]
@@ -222,88 +188,3 @@ def interval(each: Estimate, form: str) -> str:
     if each.low is None or each.high is None:
         return format(each.value, form)
     return f"{each.value:{form}} ({each.low:{form}} to {each.high:{form}})"
-
-
-def perplexity(
-    model: options.Model,
-    tokens: Tokens,
-    context: ContextLength,
-    float_model: FloatOption = None,
-    limit: Limit = None,
-    logits: options.Logits = None,
-    threads: OneThread = 1,
-    as_json: options.Json = False,
-) -> None:
-    """Measure the perplexity of a language model on tokens.
-
-    exp of the mean of -log p over every token but the first of each window.
-    With --float also that of the float model, the KL divergence between the
-    two and how often they predict the same token.
-    """
-    from qgraph import evaluate, files
-
-    for each in filter(None, (model, float_model)):
-        files.load(each)  # says better than a session what is wrong with a file
-    ids = read_tokens(tokens)[:limit]
-    with terminal.progress(is_shown=not as_json) as progress:
-        progress(f"{len(ids)} tokens", -1)
-        shared: dict[str, Any] = {"logits": logits, "threads": threads}
-        if float_model is None:
-            alone = evaluate.perplexity(model, ids, context, **shared)
-            payload = alone.to_json()
-        else:
-            both = evaluate.divergence(float_model, model, ids, context, **shared)
-            payload = both.to_json()
-    if as_json:
-        terminal.emit({"model": model, "float_model": float_model, "context": context, **payload})
-    elif float_model is None:
-        counts = f"{alone.tokens} predictions in {alone.windows} windows of {context}"
-        terminal.line(f"perplexity {alone.perplexity:.4f} ({alone.nll:.4f} nats, {counts})", "bold")
-    else:
-        _language(both, model, float_model, context)
-
-
-def _language(found: LanguageComparison, model: str, float_model: str, context: int) -> None:
-    ratio = found.quant_perplexity.perplexity / found.float_perplexity.perplexity
-    rows = [
-        (name, f"{each.perplexity:.4f}", f"{each.nll:.4f}")
-        for name, each in ((float_model, found.float_perplexity), (model, found.quant_perplexity))
-    ]
-    terminal.table(("model", ">perplexity", ">nats per token"), rows)
-    terminal.line()
-    terminal.pairs(
-        [
-            ("perplexity", f"{ratio:.4f}x"),
-            ("change", f"{interval(found.nll_change, '+.4f')} nats per token"),
-            ("KL divergence", f"{interval(found.divergence.kl_mean, '.2e')} nats"),
-            ("same top-1", interval(found.divergence.agreement, ".2%")),
-            ("measured on", f"{found.quant_perplexity.tokens} predictions, windows of {context}"),
-        ]
-    )
-
-
-def read_tokens(source: str) -> npt.NDArray[np.integer[Any]]:
-    """Token ids from a .npy file, or the held-out ones of a reference model ("zoo:NAME")."""
-    if source.startswith("zoo:"):
-        from qgraph import models
-
-        try:
-            return models.eval_tokens(source[4:])
-        except ValueError as e:
-            raise _bad_tokens(source, str(e), "see: qgraph models") from e
-    import numpy as np
-
-    try:
-        found = np.load(source, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as e:
-        raise _bad_tokens(source, "does not exist", "give a .npy file or zoo:NAME") from e
-    except (OSError, ValueError, EOFError) as e:
-        hint = "save token ids with np.save"
-        raise _bad_tokens(source, "is no readable .npy file", hint) from e
-    if not isinstance(found, np.ndarray):
-        raise _bad_tokens(source, "holds several arrays", "give one array of ids, a .npy file")
-    return found
-
-
-def _bad_tokens(source: str, message: str, hint: str) -> errors.InputError:
-    return errors.InputError(errors.Diagnostic("error", "QG123", source, message, hint))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +12,7 @@ import typer
 
 from qgraph import errors
 from qgraph.cli import options, summary, terminal
+from qgraph.cli import reports as kept
 
 if TYPE_CHECKING:
     from qgraph.data import Dataset
@@ -30,13 +29,6 @@ Examples:
   qgraph optimize model.onnx -o model.q.onnx --set linear.weights=int8.g32 --set min_elements=0
   qgraph optimize zoo:tiny-cnn -o cnn.onnx --stop-after canonicalize --print-after canonicalize
 """
-
-REPORT_KINDS = {
-    ".json": lambda report: report.to_json(),
-    ".md": lambda report: report.to_markdown(),
-    ".html": lambda report: report.to_html(),
-}
-"""How a report is written, by the suffix of its file."""
 
 Output = Annotated[
     str | None,
@@ -195,7 +187,7 @@ def optimize(
     result.report.command = ["qgraph", *terminal.given]
     if stop_after is not None:
         _tell_of_the_stop(result.report, stop_after)
-    _write_reports(result.report, reports)
+    kept.write(result.report, reports)
     if as_json:
         terminal.emit(json.loads(result.report.to_json()))
     elif quiet:
@@ -215,7 +207,7 @@ def _reports_of_failures(reports: Sequence[Path] | None) -> Iterator[None]:
         yield
     except floors.FloorMissed as e:
         e.report.output, e.report.command = "", ["qgraph", *terminal.given]
-        _write_reports(e.report, reports)
+        kept.write(e.report, reports)
         terminal.found.update(json.loads(e.report.to_json()))
         raise
 
@@ -312,26 +304,10 @@ def _check_outputs(model: str, output: str | None, reports: Sequence[Path], *, f
         message = "names a reference model, which cannot be written"
         hint = f"give a file name, e.g. -o {output[4:]}.q.onnx"
         raise errors.InputError(errors.Diagnostic("error", "QG105", output, message, hint))
-    for path in reports:
-        if path.suffix not in REPORT_KINDS:
-            message = f"is no kind of report; the suffix is {path.suffix!r}"
-            hint = f"name a file that ends in {' or '.join(REPORT_KINDS)}"
-            raise errors.InputError(errors.Diagnostic("error", "QG105", str(path), message, hint))
     from qgraph import files
 
-    for path in reports:
-        files.check_output(path, force=force)
+    kept.check(reports, force=force)
     return files.check_output(output, force=force)
-
-
-def _write_reports(report: Report, paths: Sequence[Path] | None) -> None:
-    for path in paths or ():
-        text = REPORT_KINDS[path.suffix](report)
-        with tempfile.TemporaryDirectory(prefix=".qgraph-", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            # A file's name may hold bytes that are no UTF-8.
-            whole.write_text(text, encoding="utf-8", errors="backslashreplace")
-            os.replace(whole, path)
 
 
 def _tell_of_the_stop(report: Report, stop_after: str) -> None:

@@ -147,8 +147,8 @@ def _order(total: int, what: str) -> list[ET.Element]:
     ]
 
 
-def errors(marks: Sequence[Mark], description: str) -> ET.Element:
-    """Bars from 0 dB up: signal to noise of each weight; inf reaches the top."""
+def errors(marks: Sequence[Mark], description: str, *, what: str = "weights") -> ET.Element:
+    """Bars from 0 dB up: signal to noise of each weight or value; inf reaches the top."""
     finite = numbers.finite(m.value for m in marks)
     levels = numbers.ticks(0.0, max([*finite, 10.0]))
     top = levels[-1]
@@ -166,8 +166,9 @@ def errors(marks: Sequence[Mark], description: str) -> ET.Element:
         tall = max(height(mark.value), 1.0)
         shape = _bar(x, pitch, HEIGHT - BOTTOM - tall, tall, colour(mark.kind))
         parts.append(_mark(mark, x, pitch, [shape]))
-    parts += _order(len(marks), "weights")
-    return _plot(description, parts, classes="pointed jump", height=HEIGHT)
+    parts += _order(len(marks), what)
+    classes = "pointed jump" if any(m.row for m in marks) else "pointed"
+    return _plot(description, parts, classes=classes, height=HEIGHT)
 
 
 def sizes(marks: Sequence[Mark], description: str) -> ET.Element:

@@ -88,9 +88,10 @@ def _cell(content: Child | Cell, column: Column, is_subject: bool) -> ET.Element
         bounded = min(max(cell.number, -1e300), 1e300)
         number = "" if math.isnan(cell.number) else repr(bounded)
     if is_subject:
-        return el("th", cell.content, scope="row", class_="subject", data_v=number)
-    classes = "right" if column.is_number else "wide" if column.is_wide else None
-    return el("td", cell.content, class_=classes, data_v=number)
+        classes = "subject right" if column.is_number else "subject"
+        return el("th", cell.content, scope="row", class_=classes, data_v=number)
+    kind = "right" if column.is_number else "wide" if column.is_wide else None
+    return el("td", cell.content, class_=kind, data_v=number)
 
 
 def share(value: float, text: str) -> Cell:

@@ -170,7 +170,7 @@ def test_an_unwritable_folder(refuses, cnn, tmp_path):
     assert "is read-only" in refuses("optimize", cnn, "-o", folder / "q.onnx")
 
 
-@pytest.mark.parametrize("name", ["why.html", "why", "nowhere/why.md"])
+@pytest.mark.parametrize("name", ["why.pdf", "why", "nowhere/why.md"])
 def test_bad_reports(refuses, cnn, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert "error QG105" in refuses("optimize", cnn, "-o", "q.onnx", "--report", name)
@@ -253,7 +253,7 @@ def test_bad_recipe_files(refuses, cnn, tmp_path, text):
         (["optimize", "m.onnx", "--samples", "0"], "'--samples'"),
         (["optimize", "m.onnx", "--verify", "never"], "'never'"),
         (["optimize", "m.onnx", "more"], "unexpected extra argument"),
-        (["eval", "perplexity", "m.onnx"], "--tokens"),
+        (["eval", "perplexity", "m.onnx"], "--context"),
         (["bisect", "m.onnx", "--check", "everything"], "'everything'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -78,6 +78,9 @@ def test_the_main_commands_have_examples():
         "compare",
         "bisect",
         "eval perplexity",
+        "eval accuracy",
+        "eval embeddings",
+        "eval tensors",
         "recipes",
         "models",
     ):

@@ -87,7 +87,8 @@ def test_perplexity(run):
     args = ("--tokens", "zoo:tiny-llama", "--context", 256, "--limit", 2560)
     done = run("eval", "perplexity", "zoo:tiny-llama", *args)
     assert done.code == 0
-    assert "2550 predictions in 10 windows of 256" in done.out
+    assert "2,550 predictions" in done.out
+    assert "in 10 windows of 256 that do not overlap" in done.out
     found = run("eval", "perplexity", "zoo:tiny-llama", *args, "--json").json
     assert found["windows"] == 10
     assert found["perplexity"] == pytest.approx(np.exp(found["nll"]))
