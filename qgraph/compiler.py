@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -32,6 +32,8 @@ from qgraph.workdir import WorkDir
 
 VERIFY = ("each", "ends", "off")
 MAX_TIME = 300.0
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -84,6 +86,7 @@ def optimize(
     logits: str | Sequence[str] = (),
     max_size: str | int | None = None,
     avg_bits: float | None = None,
+    max_latency: str | None = None,
     max_time: float = MAX_TIME,
     external_data: bool | None = None,
     threads: int = 0,
@@ -110,6 +113,8 @@ def optimize(
         max_size: of the written file with its external data, in bytes or as "4.5MB": formats are chosen weight by
             weight (needs data, and a recipe with choices: `mixed`, which stands for `auto` here).
         avg_bits: the same by stored bits per weight.
+        max_latency: the same by time of one run of the sample of middle size in one thread: "0.8x" of the float
+            model's, or "12ms".
         max_time: seconds that may be spent on finding what to give back to weights where a floor is missed, or on
             improving a mixture of formats; 0 only checks the floors.
         external_data: weights beside the model; default: only over 256 MB.
@@ -130,7 +135,9 @@ def optimize(
             errors.Diagnostic("error", "QG305", "verify", f"cannot be {verify!r}", hint)
         )
     chosen, goal = _resolve(recipe, overrides, target)
-    chosen = _budgeted(chosen, max_size, avg_bits)
+    chosen = _budgeted(
+        chosen, {"max_size": max_size, "avg_bits": avg_bits, "max_latency": max_latency}
+    )
     is_mixed = mixed.is_mixed(chosen)
     destination = files.check_output(output, force=force) if output is not None else None
     is_measured = data is not None and auto.is_measured(chosen)
@@ -182,15 +189,15 @@ def optimize(
     chooser: mixed.Chooser | None = None
     if is_mixed and trials is not None:
         started = time.monotonic()
-        size = _SizeOf(trials, external_data, destination)
+        write = _Quick(trials, external_data, destination)
         chooser = mixed.Chooser(
-            trials, chosen, data, floors, size, max_seconds=max_time, progress=ctx.progress
+            trials, model, chosen, data, floors, write, max_seconds=max_time, progress=ctx.progress
         )
-        mixture = chooser.choose()
+        mixture = _mixture(chooser, kept)
         report.mixed, told, chosen = mixture.figures, mixture.told, mixture.recipe
         report.notes += mixture.notes
         report.seconds["mixed precision"] = time.monotonic() - started
-        work, ctx = trials.run(chosen, spool, inspect=inspect, instruments=watchers)
+        work, ctx = trials.run(chosen, spool, inspect=inspect, instruments=watchers, work=kept)
     # Saved under a temporary name, looked at, held to the floors: only then does the output appear.
     with _staging(destination) as folder:
         stage = _Stage(model, goal, report, timer, checker, external_data, destination, told)
@@ -281,14 +288,14 @@ class _Stage:
 
 
 @dataclass(frozen=True)
-class _SizeOf:
-    """Bytes of the file under a recipe; solved the quick way, which does not change them."""
+class _Quick:
+    """Writes the file under a recipe for somebody to look at; solved the quick way, which changes no size."""
 
     trials: accuracy.Trials
     external_data: bool | None
     destination: Path | None
 
-    def __call__(self, recipe: recipes.Recipe) -> int:
+    def __call__(self, recipe: recipes.Recipe, look: Callable[[Path], T]) -> T:
         quick = [
             rule
             if registry.get("solver", rule.solver).statistics == "none"
@@ -300,8 +307,7 @@ class _SizeOf:
             work, _ = self.trials.run(made, Spool(folder), inspect=False)
             _stamp(work, recipe)
             name = self.destination.name if self.destination else "model.onnx"
-            path = files.save(work, folder / name, external_data=self.external_data)
-            return files.file_bytes(path)
+            return look(files.save(work, folder / name, external_data=self.external_data))
 
 
 def _time(report: Report, model: files.Source, staged: Path, dataset: Dataset) -> None:
@@ -326,11 +332,19 @@ def _time(report: Report, model: files.Source, staged: Path, dataset: Dataset) -
         report.diagnostics.append(slow)
 
 
-def _budgeted(
-    chosen: recipes.Recipe, max_size: str | int | None, avg_bits: float | None
-) -> recipes.Recipe:
+def _mixture(chooser: mixed.Chooser, kept: WorkDir | None) -> mixed.Choice:
+    """What was chosen before the work was interrupted, else a new choice."""
+    held = kept.load("mixed") if kept is not None else None
+    if held is not None:
+        return mixed.Choice.from_json(held[1])
+    choice = chooser.choose()
+    if kept is not None:
+        kept.store("mixed", {}, choice.to_json())
+    return choice
+
+
+def _budgeted(chosen: recipes.Recipe, given: dict[str, str | int | float | None]) -> recipes.Recipe:
     """The recipe with a budget; recipe `mixed` instead of `auto`, which has nothing that a budget could choose."""
-    given = {"max_size": max_size, "avg_bits": avg_bits}
     held = {key: value for key, value in given.items() if value is not None}
     if held and auto.is_measured(chosen):
         chosen = recipes.PRESETS["mixed"].model_copy(update={"target": chosen.target})

@@ -18,6 +18,7 @@ from qgraph.plan import QuantPlan
 from qgraph.recipe import Recipe
 from qgraph.report import Operator
 from qgraph.spool import Spool
+from qgraph.workdir import WorkDir
 
 DECIDES = "assign-precision"
 """The pass that reads the recipe's rules: what comes before it is the same for all rules."""
@@ -89,6 +90,7 @@ class Trials:
         *,
         inspect: bool,
         instruments: Sequence[Instrument] = (),
+        work: WorkDir | None = None,
     ) -> tuple[ir.Model, Context]:
         """The model under another recipe, and what its passes left behind.
 
@@ -97,12 +99,13 @@ class Trials:
             spool: where solved weights wait.
             inspect: the target's runtime may be asked what it executes.
             instruments: watch the passes.
+            work: folder of finished work, where this recipe is the one that it is for.
 
         Raises:
             errors.QGraphError: whatever a pass finds.
         """
         model = graph.clone(self.model)
-        ctx = replace(branch(self.context), recipe=recipe, spool=spool, inspect=inspect)
+        ctx = replace(branch(self.context), recipe=recipe, spool=spool, inspect=inspect, work=work)
         ctx.operators = {
             name: replace(o, runs="", integer=False, code="", reason="")
             for name, o in self.operators.items()

@@ -131,6 +131,15 @@ AvgBits: TypeAlias = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+MaxLatency: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--max-latency",
+        metavar="TIME",
+        help="The same, such that one run in one thread takes 0.8x of the float model's time, or 12ms. Needs --data.",
+        rich_help_panel=DATA,
+    ),
+]
 MaxTime: TypeAlias = Annotated[
     float,
     typer.Option(

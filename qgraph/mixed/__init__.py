@@ -12,14 +12,13 @@ choosing  all of them, until the written file fits and the floors hold
 from __future__ import annotations
 
 from qgraph.mixed.choosing import (
-    RULE,
     BudgetMissed,
-    Choice,
     Chooser,
     is_mixed,
     require_choices,
     require_data,
 )
+from qgraph.mixed.telling import RULE, Choice
 
 __all__ = [
     "RULE",

@@ -22,12 +22,13 @@ from qgraph.passes import solve_weights
 from qgraph.pipeline import Context
 from qgraph.recipe import FLOAT, Rule
 from qgraph.solver import WeightStats
-from qgraph.spec import QTensor, QuantSpec
+from qgraph.spec import Floats, QTensor, QuantSpec
 from qgraph.spool import Packed, Spool
 from qgraph.weights import Weight
 
 QUICK = "gptq"
 """Stands in these trials for the solvers that see data; others are quick themselves."""
+_PART = 1 << 20  # elements of a weight that are weighed at once
 _MEMORY = 512 << 20  # bytes of Gram matrices at once
 
 
@@ -78,9 +79,7 @@ def solve(
         solver = solve_weights.make_solver(_quick(rules[weight.name], is_blind=gram is None), ctx)
         for text in wanted[weight.name][1]:
             q = solver.solve(w, QuantSpec.parse(text), stats, np.random.default_rng(0))
-            e = w.astype(np.float64) - q.dequantize()
-            weighted = e if gram is None else e @ gram
-            costs[weight.name, text] = max(float(np.einsum("nk,nk->", weighted, e)), 0.0)
+            costs[weight.name, text] = _weighed(w, q, gram)
             solved[weight.name, text] = Packed(q, spool)
     for item in items:
         item.options = [
@@ -88,6 +87,17 @@ def solve(
             for o in item.options
         ]  # fmt: skip
     return solved
+
+
+def _weighed(w: Floats, q: QTensor, gram: grams.Doubles | None) -> float:
+    """Σ e H eᵀ over the rows in float64, some of them at a time."""
+    total = 0.0
+    quantized = q.dequantize()
+    step = max(1, _PART // max(w.shape[1], 1))
+    for start in range(0, len(w), step):
+        e = w[start : start + step].astype(np.float64) - quantized[start : start + step]
+        total += float(np.einsum("nk,nk->", e if gram is None else e @ gram, e))
+    return max(total, 0.0)
 
 
 def _cost(costs: dict[tuple[str, str], float], weight: Weight, spec: str) -> float:

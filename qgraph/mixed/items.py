@@ -74,7 +74,7 @@ def find(trials: Trials, recipe: Recipe) -> list[Item]:
         recipe: its rules have the choices.
     """
     texts = dict.fromkeys(t for rule in recipe.rules for t in rule.choices)
-    taken = {t: _decided(trials, _asking_for(recipe, t)) for t in texts if t != FLOAT}
+    taken = {t: _decided(trials, asking_for(recipe, t)) for t in texts if t != FLOAT}
     usual = _decided(trials, recipe)
     ties = recipe.budget.tie_readers
     if ties is None:
@@ -102,7 +102,7 @@ def find(trials: Trials, recipe: Recipe) -> list[Item]:
     return found
 
 
-def _asking_for(recipe: Recipe, text: str) -> Recipe:
+def asking_for(recipe: Recipe, text: str) -> Recipe:
     """A recipe whose rules that have this choice ask for it alone."""
     rules = [
         r.model_copy(update={"weights": (text,), "sensitive": ""}) if text in r.choices else r

@@ -8,6 +8,7 @@ Or the other way round: the fewest bytes for which the loss is within a limit. B
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ def solve(objective: Sequence[Sequence[float]], limits: Sequence[Limit]) -> list
     """
     if not objective:
         return []
+    limits = [each for each in limits if each.most != math.inf]
     if any(sum(min(v) for v in each.values) > each.most for each in limits):
         return None
     optimize, sparse = _scipy()

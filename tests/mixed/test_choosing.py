@@ -1,12 +1,16 @@
 """Budgets are kept by the written file, floors by what is measured, and what was chosen can be made again."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 
 import qgraph
-from qgraph import errors, files, mixed, registry
+from qgraph import errors, files, graph, mixed, registry
+from qgraph.auto import timing
+from qgraph.mixed import times
+from qgraph.passes import solve_weights
 
 QUICK = {"inspect": False, "verify": "ends"}
 
@@ -148,6 +152,87 @@ def test_readers_of_a_tensor_share_a_format_where_the_target_fuses_them(net, rec
     assert {len(g["weights"]) for g in apart.report.mixed["groups"]} == {1}
 
 
+def pretend(path, feeds):
+    """A machine on which a product takes as many milliseconds as its weight has bits."""
+    found = {"other": 0.004}
+    for node in graph.nodes(files.load(path)):
+        if node.op_type in ("MatMul", "MatMulNBits"):
+            found[str(node.name)] = 1e-3 * graph.attribute(node, "bits", 32)
+    return found
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    def ratio(model, path, feeds):
+        before, after = (sum(pretend(each, feeds).values()) for each in (model, path))
+        return timing.Relative(after / before, 0, 0, after)
+
+    monkeypatch.setattr(times, "profile", pretend)
+    monkeypatch.setattr(times, "ratio", ratio)
+
+
+def seconds(result):
+    return sum(pretend(result.path, None).values())
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [("0.25x", 0.25 * (13 * 0.032 + 0.004)), ("80ms", 0.08)]
+)
+def test_measured_kernel_times_are_kept_within_a_limit(
+    net, recipe, samples, tmp_path, pretended, limit, most
+):
+    result = made(net, recipe, samples, tmp_path / "m.onnx", max_latency=limit)
+    assert most - 0.032 < seconds(result) <= most
+    assert len(set(formats(result).values())) > 1
+    timed = result.report.mixed["timing"]
+    assert timed["other_seconds"] == pytest.approx(0.004)
+    assert timed["seconds"] == pytest.approx(seconds(result))
+    # Bytes as well: both hold.
+    both = made(net, recipe, samples, tmp_path / "n.onnx", max_latency=limit, avg_bits=4.5)
+    assert seconds(both) <= most and both.report.mixed["avg_bits"] <= 4.5
+
+
+def test_a_time_that_nothing_reaches_is_an_error(net, recipe, samples, tmp_path, pretended):
+    with pytest.raises(
+        mixed.BudgetMissed, match=r"QG331 --max-latency 1ms.*cannot be met"
+    ) as caught:
+        made(net, recipe, samples, tmp_path / "m.onnx", max_latency="1ms")
+    least = float(caught.value.diagnostics[0].hint.split("--max-latency ")[1].split("x")[0])
+    assert least == pytest.approx((13 * 0.002 + 0.004) / (13 * 0.032 + 0.004), abs=0.01)
+
+
+def test_real_kernels_are_timed(net, recipe, samples):
+    result = made(net, recipe, samples, max_latency="100x")
+    options = [o for g in result.report.mixed["groups"] for o in g["options"]]
+    assert (
+        sum(o["seconds"] > 0 for o in options) > len(options) / 2
+    )  # the clock counts microseconds
+    assert 0 < result.report.mixed["timing"]["ratio"] < 100
+
+
+def test_interrupted_work_does_not_measure_again(net, samples, tmp_path, monkeypatch):
+    choices = ["uint2.g32.asym", "uint4.g32.asym", "int8.g32"]
+    rules = {"rules": [{"choices": choices, "solver": "round-descent"}]}
+    whole, path, folder = tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path / "work"
+    made(net, rules, samples, whole, avg_bits=4.5)
+    once, count = solve_weights.SolveWeights._solve, itertools.count()
+
+    def interrupted(*args):
+        if next(count) == 7:
+            raise KeyboardInterrupt
+        return once(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(solve_weights.SolveWeights, "_solve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made(net, rules, samples, path, avg_bits=4.5, work_dir=folder)
+    assert not path.exists()
+    monkeypatch.setattr(mixed.Chooser, "choose", None)
+    result = made(net, rules, samples, path, avg_bits=4.5, work_dir=folder)
+    assert path.read_bytes() == whole.read_bytes()
+    assert result.report.mixed["front"]
+
+
 def test_a_budget_needs_choices_and_data(net, recipe, samples):
     with pytest.raises(errors.RecipeError, match="QG330"):
         made(net, "int4", samples, avg_bits=4)
@@ -155,6 +240,8 @@ def test_a_budget_needs_choices_and_data(net, recipe, samples):
         made(net, recipe, None, avg_bits=4)
     with pytest.raises(errors.RecipeError, match=r"QG305 --max-size.*is no size"):
         made(net, recipe, samples, max_size="large")
+    with pytest.raises(errors.RecipeError, match=r"QG305 --max-latency.*is no time"):
+        made(net, recipe, samples, max_latency="soon")
     with pytest.raises(errors.RecipeError, match=r"QG305 --avg-bits"):
         made(net, recipe, samples, avg_bits=-1.0)
 

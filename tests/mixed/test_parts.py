@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qgraph import budget
-from qgraph.mixed import knapsack, swaps
+from qgraph.mixed import knapsack, losses, swaps
 from qgraph.mixed.items import Item, Option
 from qgraph.mixed.knapsack import Limit
 
@@ -58,6 +58,29 @@ def test_a_knapsack_that_nothing_fits_into():
     assert knapsack.solve([], []) == []
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 20])
+def test_the_order_of_measuring_is_spread(count):
+    order = losses._spread(count)
+    assert sorted(order) == list(range(count))
+    if count == 20:
+        assert np.ptp(order[:2]) >= 4 and np.ptp(order[:4]) >= 12
+
+
+def test_an_item_that_was_not_measured_has_the_gain_of_the_nearest_of_its_shape():
+    items = items_of(4)
+    for item, cost in zip(items, (1.0, 2.0, 4.0, 8.0), strict=True):
+        item.options = [Option("a", ("a",), 1, cost), Option("b", ("b",), 2)]
+    count = itertools.count()
+
+    class One:
+        def loss(self, specs):
+            return 0.5
+
+    losses.measure(items, One(), lambda what, share: None, lambda: next(count) > 0)
+    assert [i.options[0].loss for i in items] == [0.5, 1.0, 2.0, 4.0]
+    assert all(i.options[1].loss == 0 for i in items)
+
+
 class Measured:
     """Losses that do not add up: items 0 and 1 hurt each other when both are coarse."""
 
@@ -75,6 +98,7 @@ class Measured:
 class Named:
     def __init__(self, name):
         self.name = self.label = name
+        self.shape = (4, 2)
 
 
 def items_of(count):

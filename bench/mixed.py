@@ -1,0 +1,285 @@
+"""Mixed precision against uniform formats and against the hand rule, at the same average bits.
+
+    python bench/mixed.py [--models tiny-llama,stories260K] [--bits 4.5,4,3] [--sequential] [--json FILE]
+
+Models, samples and what is measured are those of bench/solvers.py: every MatMul is quantized, tables stay float, the
+figures are KL(float || quantized) of the weights alone on held-out text, in nats per token. All columns have the same
+formats to take from, and each weight in each format is solved once, by round-descent with the inputs of the float
+model; --sequential solves the mixtures and what they are compared with again, with the inputs of the quantized model.
+
+The hand rule is llama.cpp's: the first and the last eighth of the blocks are one notch higher than the others.
+A mixture has to beat all formats and hand rules with fewer bits, and the smallest of each kind with at least its own.
+--spearman N: the rank correlation of predicted and measured losses over N random assignments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "e2e"), str(ROOT / "bench")]
+
+import int4_error  # noqa: E402
+import real_data  # noqa: E402
+import solvers  # noqa: E402
+
+from qgraph import accuracy, data, files, pipeline, registry  # noqa: E402
+from qgraph import recipe as recipes  # noqa: E402
+from qgraph.mixed import costs, items, knapsack, losses, mixtures, swaps  # noqa: E402
+from qgraph.passes import assign_precision  # noqa: E402
+from qgraph.spec import QuantSpec  # noqa: E402
+from qgraph.spool import Spool  # noqa: E402
+
+FORMATS = (
+    "uint2.g64.asym", "uint2.g32.asym", "uint2.g16.asym", "uint4.g128.asym", "uint4.g64.asym",
+    "uint4.g32.asym", "uint4.g16.asym", "int8.g128", "int8.g32",
+)  # fmt: skip
+JUDGED = {"tiny-llama": 32, "tiny-gpt": 32, "stories260K": 60}  # texts that are measured
+MODELS = ("tiny-llama", "stories260K")
+
+
+def held_out(name: str) -> Iterator[dict[str, Any]]:
+    """What is measured: nothing of it was calibrated on."""
+    if name == "stories260K":
+        path = real_data.data("text/tinystories/tinystories_0_699.json")
+        encoder = real_data.SentencePieces(real_data.data("lm/stories260K/tok512.bin"))
+        for story in json.loads(path.read_text("utf-8"))[600:]:
+            yield {"input_ids": encoder.encode(story)[: real_data.CONTEXT][None]}
+        return
+    from qgraph.models import data as own
+
+    tokens = own.eval_tokens()[solvers.SPLIT :]
+    for start in range(0, len(tokens) - solvers.CONTEXT, solvers.CONTEXT):
+        yield {"input_ids": tokens[start : start + solvers.CONTEXT][None]}
+
+
+class Study:
+    """One model: its items with losses, and what measures mixtures on held-out text.
+
+    Args:
+        name: of the model.
+        folder: an empty folder.
+        samples: calibration samples on which mixtures are measured while choosing.
+    """
+
+    def __init__(self, name: str, folder: Path, samples: int) -> None:
+        path = int4_error._located(solvers.MODELS[name].path)
+        self.model, self.name = files.load(path), name
+        self.recipe = recipes.load(recipe_of(FORMATS))
+        given = list(solvers.MODELS[name].samples())
+        self.dataset = data.load(given, data.inputs_of(path))
+        target = registry.get("target", "ort")
+        checkpoint = accuracy.Checkpoint(stops=True)
+        passes = pipeline.Pipeline(self.recipe.pipeline)
+        ctx = pipeline.Context(target, self.recipe, data=self.dataset)
+        passes.run(files.load(path), ctx, [checkpoint])
+        assert checkpoint.kept is not None
+        self.trials = accuracy.Trials(passes, *checkpoint.kept)
+        self.items = items.find(self.trials, self.recipe)
+        found = [w for item in self.items for w in item.weights]
+        model = self.trials.model
+        seen, unseen = folder / "seen", folder / "unseen"
+        seen.mkdir()
+        unseen.mkdir()
+        few = given[:: max(len(given) // samples, 1)][:samples]
+        judged = list(itertools.islice(held_out(name), JUDGED[name]))
+        self.seen = mixtures.Mixtures(model, found, few, (), seen, 0, mixtures.loss)
+        self.unseen = mixtures.Mixtures(model, found, judged, (), unseen, 0, mixtures.loss)
+        costs.QUICK = "round-descent"
+        solved = costs.solve(model, self.items, self.dataset, ctx, Spool(folder))
+        self.seen.know(solved)
+        self.unseen.know(solved)
+        losses.measure(self.items, self.seen, lambda what, share: None)
+        self.elements = sum(item.elements for item in self.items)
+
+    def bits(self, chosen: Sequence[int]) -> float:
+        return 8 * items.total(self.items, chosen) / self.elements
+
+    def loss(self, chosen: Sequence[int]) -> float:
+        return self.unseen.loss(losses.mixture(self.items, chosen))
+
+    def uniform(self, text: str) -> list[int]:
+        """One format for all; rows that are too short for its groups have shorter ones."""
+        asked = QuantSpec.parse(text)
+        found = []
+        for item in self.items:
+            specs = tuple(str(assign_precision.fit_group(asked, w.shape[1])) for w in item.weights)
+            found.append([o.specs for o in item.options].index(specs))
+        return found
+
+    def hand(self, text: str) -> list[int]:
+        """One notch more in the first and the last eighth of the blocks."""
+        kind, _, rest = text.partition(".")
+        wider = {
+            "uint2": f"uint4.{rest}",
+            "uint4": "int8.g32" if rest == "g32.asym" else "int8.g128",
+        }
+        blocks = [int(m[1]) if (m := re.search(r"\.(\d+)\.", i.label)) else -1 for i in self.items]
+        count = max(blocks) + 1
+        eighth = math.ceil(count / 8)
+        raised = {*range(eighth), *range(count - eighth, count)}
+        low, high = self.uniform(text), self.uniform(wider[kind])
+        return [h if b in raised else l for b, l, h in zip(blocks, low, high, strict=True)]
+
+    def mixed(self, bits: float) -> tuple[list[int], swaps.Swaps]:
+        """What qgraph chooses for so many bits."""
+        most = bits * self.elements / 8
+        sizes = [[float(o.nbytes) for o in item.options] for item in self.items]
+
+        def solve(values: Sequence[Sequence[float]]) -> list[int] | None:
+            return knapsack.solve(values, [knapsack.Limit(sizes, most)])
+
+        start = solve([[o.loss for o in item.options] for item in self.items])
+        assert start is not None
+        found = swaps.improve(
+            self.items, start, self.seen, solve,
+            lambda chosen: items.total(self.items, chosen) <= most,
+            2 * len(self.items), lambda: False,
+        )  # fmt: skip
+        return found.chosen, found
+
+    def sequential(self, chosen: Sequence[int]) -> float:
+        """The same mixture solved with the inputs that the weights before it leave."""
+        specs = losses.mixture(self.items, chosen)
+        recipe = self.recipe.model_copy(update={"rules": (*pins(specs), self.recipe.rules[0])})
+        with tempfile.TemporaryDirectory() as folder:
+            work, _ = self.trials.run(recipe, Spool(folder), inspect=False)
+            output = files.save(work, Path(folder) / "q.onnx")
+            int4_error._use_float_activations(output)
+            return mixtures.loss(self.unseen._reference.against(output))
+
+
+def recipe_of(formats: Sequence[str]) -> dict[str, Any]:
+    rules = [
+        {"id": "tables", "ops": ["Gather", "Slice"], "weights": "float", "reason": "as others do"},
+        {"id": "linear", "weights": "uint4.g32.asym", "solver": "round-descent", "choices": list(formats)},
+    ]  # fmt: skip
+    return {"name": "pure", "rules": rules, "min_elements": 1}
+
+
+def pins(specs: Mapping[str, str]) -> list[recipes.Rule]:
+    held: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        held.setdefault(spec, []).append(name)
+    return [
+        recipes.Rule(names=tuple(names), weights=(spec,), solver="round-descent")
+        for spec, names in held.items()
+    ]
+
+
+def spearman(study: Study, count: int) -> dict[str, Any]:
+    """Predicted losses against those measured on held-out text, over random assignments."""
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    made = [[int(rng.integers(len(i.options))) for i in study.items] for _ in range(count)]
+    predicted = [losses.predicted(study.items, c) for c in made]
+    measured = [study.loss(c) for c in made]
+    ratio = np.array(measured) / predicted
+    return {
+        "count": count,
+        "spearman": float(stats.spearmanr(predicted, measured).statistic),
+        "measured": [min(measured), max(measured)],
+        "measured_over_predicted": [float(ratio.min()), float(ratio.max())],
+    }
+
+
+def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One model."""
+    start = time.process_time()
+    it = Study(name, folder, given.samples)
+    took = time.process_time() - start
+    print(
+        f"{name}: {len(it.items)} weights, sensitivities took {took:.0f} processor seconds",
+        flush=True,
+    )
+    if given.spearman:
+        ranks = spearman(it, given.spearman)
+        print(f"{name}: {ranks}", flush=True)
+    others = {f"uniform {f}": it.uniform(f) for f in FORMATS}
+    others |= {
+        f"hand {f}": it.hand(f)
+        for f in FORMATS
+        if f.startswith(("uint2", "uint4")) and "g16" not in f
+    }
+    chosen = {f"mixed {b:g}": it.mixed(b)[0] for b in map(float, given.bits.split(","))}
+    rows: dict[str, dict[str, float]] = {}
+    for title, mixture in (others | chosen).items():
+        rows[title] = {"bits": it.bits(mixture), "kl": it.loss(mixture)}
+    if given.sequential:
+        for title, mixture in (others | chosen).items():
+            if title.startswith("mixed") or any(_matters(rows, title, m) for m in chosen):
+                rows[title]["sequential"] = it.sequential(mixture)
+                print(f"{name:12s} {title:26s} {rows[title]}", flush=True)
+    for title, row in sorted(rows.items(), key=lambda r: r[1]["bits"]):
+        print(
+            f"{name:12s} {title:26s} " + " ".join(f"{k} {v:.4g}" for k, v in row.items()),
+            flush=True,
+        )
+    verdicts = {
+        m: verdict(rows, m, key)
+        for m in chosen
+        for key in ("kl", *["sequential"] * given.sequential)
+    }
+    for title, said in verdicts.items():
+        print(f"{name}: {title}: {said}", flush=True)
+    result: dict[str, Any] = {"rows": rows, "verdicts": verdicts}
+    return result | ({"ranks": ranks} if given.spearman else {})
+
+
+def rivals(rows: Mapping[str, Mapping[str, float]], title: str) -> list[str]:
+    """All with fewer bits than a mixture, and of each kind the smallest that has at least as many."""
+    bits = rows[title]["bits"]
+    found = []
+    for kind in ("uniform", "hand"):
+        held = sorted((r["bits"], t) for t, r in rows.items() if t.startswith(kind))
+        found += [t for b, t in held if b < bits] + [t for b, t in held if b >= bits][:1]
+    return found
+
+
+def _matters(rows: Mapping[str, Mapping[str, float]], rival: str, title: str) -> bool:
+    """Whether a rival is near enough to be worth solving again."""
+    return rival in rivals(rows, title) and rows[rival]["kl"] < 3 * rows[title]["kl"]
+
+
+def verdict(rows: Mapping[str, Mapping[str, float]], title: str, key: str) -> str:
+    against = [t for t in rivals(rows, title) if key in rows[t]]
+    lost = [t for t in against if rows[t][key] <= rows[title][key]]
+    best = min(against, key=lambda t: rows[t][key])
+    text = f"{key} {rows[title][key]:.4g}, best of {len(against)} rivals "
+    text += f"{best} ({rows[best]['bits']:.3f} bits) {rows[best][key]:.4g}"
+    return ("beats all: " if not lost else f"loses to {', '.join(lost)}: ") + text
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--bits", default="4.5,4,3")
+    parser.add_argument("--samples", type=int, default=8, help="on which mixtures are measured")
+    parser.add_argument("--spearman", type=int, default=0, metavar="N")
+    parser.add_argument("--sequential", action="store_true", help="solve again in sequence")
+    parser.add_argument("--json", type=Path, help="write the result there")
+    given = parser.parse_args()
+    result = {}
+    for name in given.models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            result[name] = study(name, given, Path(folder))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
