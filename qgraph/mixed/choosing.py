@@ -381,6 +381,7 @@ class Chooser:
             "budget": str(self._budget),
             "floors": str(self._floors),
             "measure": self._measure,
+            "samples": min(SAMPLES, len(self._dataset)),
             "measured": self._loss(chosen),
             "measurements": self._mixtures.measured,
             "front": self._front,
