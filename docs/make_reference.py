@@ -93,7 +93,7 @@ def _target(target: Any) -> list[str]:
     lines += [
         "",
         *(f"- `{name}`: {summary}" for name, summary in known.items()),
-        *(f"- {note}" for note in target.notes),
+        *(f"- `{form}`: {note}" for form, notes in target.notes.items() for note in notes),
         "",
     ]
     return lines

@@ -259,7 +259,7 @@ def _dataset(model: ir.Model, ctx: Context) -> data.Dataset:
         raise errors.InputError(
             errors.Diagnostic(
                 "error", "QG131", "equalize", "needs samples to see which bounds are met",
-                "give --data (data=...), or --set options.equalize.clips=keep leaves them alone",
+                f"{errors.GIVE_SAMPLES}; or --set options.equalize.clips=keep leaves them alone",
             )
         )  # fmt: skip
     if not isinstance(ctx.data, data.Dataset):

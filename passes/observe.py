@@ -63,7 +63,7 @@ class Observe(Pass):
         if ctx.data is None:
             raise errors.InputError(
                 errors.Diagnostic(
-                    "error", "QG131", "observe", "calibration needs samples", "give --data (data=...)"
+                    "error", "QG131", "observe", "calibration needs samples", errors.GIVE_SAMPLES
                 )
             )  # fmt: skip
         dataset = ctx.data

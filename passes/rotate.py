@@ -78,7 +78,7 @@ class Rotate(Pass):
         if options.online & (options.online - 1):
             _refuse("online", f"{options.online} is no power of two", "give 32, 64, 128, ...")
         if options.matrix != "hadamard" and ctx.data is None:
-            hint = "give --data (data=...), or matrix = hadamard"
+            hint = f"{errors.GIVE_SAMPLES}; or matrix = hadamard"
             _refuse("matrix", f"{options.matrix!r} needs samples", hint)
 
     @staticmethod

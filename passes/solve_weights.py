@@ -222,7 +222,7 @@ def _dataset(model: ir.Model, decision: Decision, ctx: Context) -> data.Dataset:
         raise errors.InputError(
             errors.Diagnostic(
                 "error", "QG131", f"solver {decision.solver}",
-                "needs samples to know what its weights are multiplied with", "give --data (data=...)",
+                "needs samples to know what its weights are multiplied with", errors.GIVE_SAMPLES,
             )
         )  # fmt: skip
     if not isinstance(ctx.data, data.Dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import tempfile
 import time
@@ -269,6 +270,10 @@ class _Stage:
         report.checks = list(dict.fromkeys(self.checker.lines))
         report.diagnostics = ctx.diagnostics
         report.ledger, report.activations = ledger.entries(ctx), ledger.activations(ctx)
+        written = {form for entry in report.ledger for form in entry.forms}
+        known = {form: lines for form, lines in goal.notes.items() if form in written}
+        apart = [n for n in report.notes if n not in itertools.chain(*goal.notes.values())]
+        report.notes = [*itertools.chain(*known.values()), *apart]
         for entry in report.ledger:
             if entry.weight in self.told and entry.by != f"rule {accuracy.RULE}":
                 entry.reason += f" ({self.told[entry.weight]})"
@@ -388,7 +393,6 @@ def _new_report(
     size = files.file_bytes(source) if os.path.isfile(source) else files.weight_bytes(work)
     report = Report(source, str(output or ""), chosen.name, goal.name, size, versions=_versions())
     report.resolved_recipe = chosen.model_dump(mode="json")
-    report.notes = list(goal.notes)
     return report
 
 

@@ -14,6 +14,13 @@ from typing import Literal
 Severity = Literal["error", "warning", "note", "missed"]
 
 
+GIVE_SAMPLES = (
+    "give samples: --data with an .npz file, a folder of .npz files or images, a text or FILE.py:FUNCTION; "
+    "from Python data=..."
+)
+"""The hint of whatever cannot work without data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
     """One finding. `missed` is a lost opportunity: correct, but smaller or faster was possible."""

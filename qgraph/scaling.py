@@ -114,9 +114,7 @@ def dataset(model: ir.Model, ctx: Context, who: str, why: str) -> data.Dataset:
         errors.InputError: QG131 where there are none; what `data.load` raises.
     """
     if ctx.data is None:
-        raise errors.InputError(
-            errors.Diagnostic("error", "QG131", who, why, "give --data (data=...)")
-        )
+        raise errors.InputError(errors.Diagnostic("error", "QG131", who, why, errors.GIVE_SAMPLES))
     if not isinstance(ctx.data, data.Dataset):
         ctx.data = data.load(ctx.data, data.inputs_of(model))
     found: data.Dataset = ctx.data

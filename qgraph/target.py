@@ -155,7 +155,7 @@ class Target:
         auto: specs that the recipe `auto` tries per kind, best first, with the reason that the report prints.
         inspect: reads the graph that the runtime really executes and says what became of each value; None where
             the target is not one runtime.
-        notes: sentences for the report that hold for every model on this target.
+        notes: sentences for the report on a model that has a form, by the form's name.
         integers: which operators compute on codes; None where static activations bring nothing.
         timed: ONNX Runtime runs its files as they are served, so latency can be measured with it.
         fuses_readers: it makes one product of those that read the same tensor (q/k/v, gate/up) where their weights
@@ -168,7 +168,7 @@ class Target:
     max_opset: int = 23
     auto: Mapping[str, Sequence[tuple[str, str, str]]] = field(default_factory=dict)
     inspect: Callable[[str, Sequence[str]], Mapping[str, Any]] | None = None
-    notes: Sequence[str] = ()
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     integers: Integers | None = None
     timed: bool = False
     fuses_readers: bool = False

@@ -134,7 +134,9 @@ def targets(name: options.Name = None, as_json: options.Json = False) -> None:
     terminal.table(("for", "weights", "activations", "why"), tries)
     if target.notes:
         terminal.heading("Notes")
-        terminal.bullets(target.notes)
+        terminal.bullets(
+            f"{form}: {each}" for form, lines in target.notes.items() for each in lines
+        )
 
 
 def _target_json(target: Target) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def _target_json(target: Target) -> dict[str, Any]:
             kind: [{"weights": w, "activations": a, "reason": r} for w, a, r in choices]
             for kind, choices in target.auto.items()
         },
-        "notes": list(target.notes),
+        "notes": {form: list(lines) for form, lines in target.notes.items()},
     }
 
 

@@ -72,7 +72,7 @@ def require_data(data: object) -> None:
         raise errors.InputError(
             errors.Diagnostic(
                 "error", "QG131", "mixed precision", "needs samples to measure which weights matter",
-                "give --data (data=...)",
+                errors.GIVE_SAMPLES,
             )
         )  # fmt: skip
 

@@ -83,9 +83,10 @@ OPENVINO = register(
             "rnn": (("int8.ch", "float", "smaller file; OpenVINO expands it at load"),),
         },
         inspect=inspect,
-        notes=(
-            "OpenVINO quantizes activations of compressed MatMuls by itself, at run time",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE=0 in OpenVINO turns that off",
-        ),
+        notes={
+            "dequantize-linear": (
+                "OpenVINO rounds activations of compressed MatMuls, unless DYNAMIC_QUANTIZATION_GROUP_SIZE is 0.",
+            )
+        },
     )
 )

@@ -91,8 +91,10 @@ ORT = register(
         inspect=inspect,
         timed=True,
         integers=INTEGERS,
-        notes=(
-            "MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",
-        ),
+        notes={
+            "matmul-nbits": (
+                "MatMulNBits is written with accuracy_level 4: its kernel rounds activations to int8, block by block.",
+            )
+        },
     )
 )

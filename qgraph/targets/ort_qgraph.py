@@ -31,9 +31,11 @@ ORT_QGRAPH = register(
         inspect=inspect,
         timed=True,
         integers=ORT.integers,
-        notes=(
-            "ai.qgraph operators round activations to int8: MatMulInt4 group by group, MatMulTernary row by row.",
-            *ORT.notes,
-        ),
+        notes={
+            "matmul-int4": ("MatMulInt4 rounds activations to int8, group by group.",),
+            "dynamic-int4": ("MatMulInt4 rounds activations to int4, group by group.",),
+            "matmul-ternary": ("MatMulTernary rounds activations to int8, row by row.",),
+            **ORT.notes,
+        },
     )
 )
