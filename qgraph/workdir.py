@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -29,6 +30,7 @@ FORMAT = 1
 _KEY, _FACTS = "work.json", "facts"
 _HASHED_BYTES = 1 << 10  # smaller constants are hashed with the graph
 _PART = 16 << 20
+_OURS = re.compile(r"work\.json|block-\d+\.npz|inputs-\d+-\w+|\..*\.part")
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -107,8 +109,10 @@ class WorkDir:
             raise self._failure(f"{path.name} cannot be read: {e}", "delete that file") from e
 
     def clear(self) -> None:
-        """Delete all that was kept: the work is done."""
+        """Delete all that was kept, and nothing else: the work is done."""
         for path in self.folder.iterdir():
+            if not _OURS.fullmatch(path.name):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -7,6 +7,8 @@ they then have, and only these weights are read.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
 import shutil
 import tempfile
@@ -27,6 +29,8 @@ from qgraph.weights import Weight
 
 Array = npt.NDArray[Any]
 
+WEIGHTS = 256 << 20
+"""Bytes of weights that a stretch may need, unless one operator alone needs more."""
 # Threads that spin between runs would take the solvers' processor; roundings are run as they are written.
 _CONFIG = {"session.intra_op.allow_spinning": "0", "session.disable_quant_qdq": "1"}
 # Types that ONNX Runtime takes from numpy.
@@ -61,6 +65,7 @@ class Walk:
         self._values = {str(v.name): v for n in model.graph for v in n.outputs if v.name}
         self._values |= self._inputs
         self._types = types.infer(model)
+        self._read = self._weight_bytes()
         self._held: dict[str, int] = {}  # value on disk → its number in the files
         self.place = -1
         self._files = Path(tempfile.mkdtemp(dir=folder))
@@ -71,7 +76,23 @@ class Walk:
         self._solved[weight.name] = weight, q
 
     def step(self, place: int) -> None:
-        """Go to a later place; stay where values are alive there that cannot be kept."""
+        """Go to a later place, or as far before it as the values that are alive can be kept."""
+        for stop in self._stops(place):
+            self._go(stop)
+
+    def _stops(self, place: int) -> Iterator[int]:
+        """Narrow places on the way, so that few weights are needed at once; and the place."""
+        start = max(self.place, 0)
+        while self._read[place] - self._read[start] > WEIGHTS:
+            near, far = (
+                bisect.bisect_right(self._read, self._read[start] + most) - 1
+                for most in (WEIGHTS // 2, WEIGHTS)
+            )
+            start = self.order.narrowest(min(near, far - 1), far) if far > start else start + 1
+            yield start
+        yield place
+
+    def _go(self, place: int) -> None:
         alive = [v for v in self.order.alive(place) if v.name not in self._inputs]
         if place <= self.place or any(self._type(v) not in _PLAIN for v in alive):
             return
@@ -125,6 +146,16 @@ class Walk:
             yield from self._dataset
         else:
             yield from ({} for _ in range(len(self._dataset)))
+
+    def _weight_bytes(self) -> list[int]:
+        """For each place, what the weights before it take."""
+        nbytes = [0] * (len(self.order.nodes) + 1)
+        for node in graph.nodes(self._model):
+            held = {v: v.const_value for v in node.inputs if v is not None}
+            nbytes[self.order.place(node) + 1] += sum(
+                t.nbytes for t in held.values() if t is not None
+            )
+        return list(itertools.accumulate(nbytes))
 
     def _type(self, v: ir.Value) -> ir.DataType | None:
         return v.dtype or self._types.get(str(v.name))

@@ -8,6 +8,7 @@ import qgraph
 from qgraph import cuts, files, graph, runtime, weights
 from qgraph import recipe as recipes
 from qgraph.calibrate import grams
+from qgraph.calibrate import walk as walks
 from qgraph.calibrate.groups import Group
 from qgraph.calibrate.simulate import simulate
 from qgraph.calibrate.twins import Twins, collect
@@ -62,6 +63,29 @@ def test_what_lies_before_is_not_run_again(tmp_path, monkeypatch):
     for place in range(0, len(walk.order.nodes), 7):
         walk.step(place)
     assert sum(ran) <= len(walk.order.nodes)
+
+
+def test_a_long_way_is_cut_so_that_few_weights_are_needed_at_once(tmp_path, monkeypatch):
+    model = files.load("zoo:tiny-llama")
+    dataset = load(tokens(), inputs_of(model))
+    monkeypatch.setattr(walks, "WEIGHTS", 200 << 10)
+    needed: list[int] = []
+    save = files.save
+
+    def watched(part, *args, **kwargs):
+        needed.append(files.weight_bytes(part))
+        return save(part, *args, **kwargs)
+
+    monkeypatch.setattr(files, "save", watched)
+    walk = Walk(model, dataset, tmp_path, 1)
+    end = len(walk.order.nodes) - 1
+    walk.step(end)
+    largest = max(v.const_value.nbytes for _, v in graph.initializers(model))
+    assert walk.place == end and len(needed) > 4
+    assert max(needed) <= max(200 << 10, largest + 4096) < files.weight_bytes(model) / 3
+    name = str(walk.order.nodes[end].outputs[0].name)
+    for got, want in zip(walk.values([name]), reference(model, [name], tokens()), strict=True):
+        np.testing.assert_allclose(got[name], want[0], rtol=2e-4, atol=2e-5)
 
 
 def test_values_that_were_left_are_those_that_are_entered(tmp_path):

@@ -92,12 +92,14 @@ def test_killed_work_goes_on_to_the_same_bytes(place):
     assert Path("stalled").exists() and not Path("out.onnx").exists()
     finished = sorted(p.name for p in Path("work").glob("block-*"))
     assert finished == ["block-0000.npz", "block-0001.npz"]
+    Path("work/mine.txt").write_text("a note")
     before, told = calls(), []
     optimize("out.onnx", "work", progress=lambda what, share: told.append(what))
     assert calls() - before == 2 * LAYERS - 4  # of two blocks nothing is solved again
     assert Path("out.onnx").read_bytes() == Path("whole.onnx").read_bytes()
     assert any(f"block 3 of {LAYERS}" in each for each in told)
-    assert not any(Path("work").iterdir())  # done: nothing is left to go on with
+    # Done: nothing is left to go on with, and what is not ours stays.
+    assert [p.name for p in Path("work").iterdir()] == ["mine.txt"]
 
 
 def interrupted(after):
