@@ -16,7 +16,7 @@ import numpy.typing as npt
 from qgraph import errors, native
 from qgraph.spec import Codes, Floats
 
-FEEDBACK_ROWS = 32
+FEEDBACK_ROWS = 128
 
 _int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

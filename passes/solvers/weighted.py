@@ -26,9 +26,10 @@ Doubles = npt.NDArray[np.float64]
 Way = Callable[[Floats, Rows], "tuple[Rows, Doubles | None]"]
 _CHUNK = 1 << 21  # elements of a task
 _RETRIES = 6
-_BLOCK = 512  # columns of the Cholesky factor made at once
-_COLUMNS = 512  # columns of a product that may already decide
+_BLOCK = 256  # rows of the Cholesky factor made at once
+_COLUMNS = 256  # columns of a product that may already decide
 _BAND = 128
+_ROUGH = 1e-3  # damping from which on float32 is enough for the factor
 _EXACT = 1024  # up to so many columns the cost is not taken from float32 sums
 _JUDGED = 512  # rows that judge how much of a change is noise
 _MARGIN = 1e-3  # relative error that such a sum may have
@@ -50,24 +51,28 @@ class Curvature:
         self.gram = gram
         self.damping = damping
         self.added = 0.0
-        self._lower = self._factored()
+        self.factor, self.roots = self._factored()
 
-    def _factored(self) -> Doubles:
-        """The Cholesky factor of H with rows and columns in reverse rounding order, below the diagonal."""
+    def _factored(self) -> tuple[Floats, Floats]:
+        """Row j of Rᵀ over R_jj, as `native_rounding.feedback` wants it, and R_jj [K]: H = R Rᵀ in rounding order."""
         k = len(self.gram)
         # What carries nothing still needs a code: a unit of cost, the same for all.
         mean = float(np.trace(self.gram)) / max(k, 1) or 1.0
         backwards = self.order[::-1].astype(np.int64)  # numpy is four times as slow with int32
         for _ in range(_RETRIES):
             self.added = self.damping * mean
-            lower = self.gram[backwards[:, None], backwards]
-            lower.flat[:: k + 1] += self.added
-            try:
-                _factor_in_place(lower)
-            except np.linalg.LinAlgError:
-                self.damping = max(10 * self.damping, 1e-6)
-            else:
-                return lower
+            # Its rounding errors are 1e-6 of the diagonal; where the damping is not far above, float64 has to do.
+            for dtype in (np.float32, np.float64) if self.damping > _ROUGH else (np.float64,):
+                upper = _reordered(self.gram, backwards, self.added, 1 / mean, dtype)
+                try:
+                    _factor_in_place(upper)
+                except np.linalg.LinAlgError:
+                    continue
+                diagonal = np.diag(upper)[::-1]
+                factor = np.divide(upper[::-1, ::-1], diagonal[:, None], dtype=dtype)
+                roots = diagonal.astype(np.float64) * math.sqrt(mean)
+                return factor.astype(np.float32, copy=False), roots.astype(np.float32)
+            self.damping = max(10 * self.damping, 1e-6)
         raise AssertionError(f"no Cholesky factor with {self.damping} of the mean diagonal added")
 
     @cached_property
@@ -82,51 +87,35 @@ class Curvature:
         return found
 
     @cached_property
-    def upper(self) -> Floats:
-        """[K, K] float32, R of H = R Rᵀ in rounding order; below its diagonal blocks lies what nobody reads."""
-        upper = self._lower[::-1, ::-1].astype(np.float32)
-        for start in range(0, len(upper), _COLUMNS):
-            block = upper[start : start + _COLUMNS, start : start + _COLUMNS]
-            block[:] = np.triu(block)
-        return upper
-
-    @cached_property
-    def factor(self) -> Floats:
-        """What `native_rounding.feedback` wants: row j of Rᵀ over R_jj."""
-        rows = np.zeros_like(self.upper)
-        for start in range(0, len(rows), _BAND):  # transposed in pieces that stay in the cache
-            for left in range(0, start + _BAND, _BAND):
-                piece = self.upper[left : left + _BAND, start : start + _BAND]
-                rows[start : start + _BAND, left : left + _BAND] = piece.T
-        rows /= np.diag(self.upper)[:, None]
-        return rows
-
-    @cached_property
     def energies(self) -> Floats:
         """[K] float32, R_jj²."""
-        return np.square(np.diag(self.upper))
+        return np.square(self.roots)
 
     def over(self, a: Doubles) -> Doubles:
         """A H⁻¹ for some rows A [m, K], by substitution with the Cholesky factor: no inverse is made."""
-        backwards, lower, k = self.order[::-1].astype(np.int64), self._lower, len(self._lower)
+        backwards, upper, k = self.order[::-1].astype(np.int64), self._upper, len(self._upper)
         x = a[:, backwards]
         blocks = [slice(start, min(start + _BLOCK, k)) for start in range(0, k, _BLOCK)]
-        for here, inverse in zip(blocks, self._inverses, strict=True):
-            x[:, here] -= x[:, : here.start] @ lower[here, : here.start].T
-            x[:, here] = x[:, here] @ inverse.T
-        for here, inverse in zip(reversed(blocks), reversed(self._inverses), strict=True):
-            x[:, here] -= x[:, here.stop :] @ lower[here.stop :, here]
+        inverses = [np.linalg.inv(upper[here, here]) for here in blocks]
+        for here, inverse in zip(blocks, inverses, strict=True):
+            x[:, here] -= x[:, : here.start] @ upper[: here.start, here]
             x[:, here] = x[:, here] @ inverse
+        for here, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
+            x[:, here] -= x[:, here.stop :] @ upper[here, here.stop :].T
+            x[:, here] = x[:, here] @ inverse.T
         found = np.empty_like(x)
         found[:, backwards] = x
         return found
 
     @cached_property
-    def _inverses(self) -> list[Doubles]:
-        """Those of the blocks on the diagonal of the factor."""
-        starts = range(0, len(self._lower), _BLOCK)
-        blocks = [self._lower[s : s + _BLOCK, s : s + _BLOCK] for s in starts]
-        return [np.asarray(np.linalg.inv(block), np.float64) for block in blocks]
+    def _upper(self) -> Doubles:
+        """U in float64, UᵀU = H in reverse rounding order."""
+        backwards = self.order[::-1].astype(np.int64)
+        upper = np.asarray(
+            _reordered(self.gram, backwards, self.added, 1.0, np.float64), np.float64
+        )
+        _factor_in_place(upper)
+        return upper
 
     def target(
         self, w: npt.NDArray[np.floating[Any]], stats: WeightStats | None
@@ -161,12 +150,13 @@ class Curvature:
         """
         e = w - rows.dequantize()
         added = self.added * np.einsum("nk,nk->n", e, e, dtype=np.float64)
-        e = e[:, self.order.astype(np.int64)]
         left = np.arange(len(e))
         partial = np.zeros(len(e))
+        moved = np.empty_like(e)
         for start in range(0, e.shape[1], _COLUMNS):
-            end = start + _COLUMNS
-            some = e[left, :end] @ self.upper[:end, start:end]
+            part = slice(start, start + _COLUMNS)
+            moved[left, part] = e[left][:, self.order[part].astype(np.int64)]
+            some = moved[left, : part.stop] @ self.factor[part, : part.stop].T * self.roots[part]
             partial[left] += np.einsum("nk,nk->n", some, some, dtype=np.float64)
             left = left[partial[left] - added[left] <= found[left] * (1 + _MARGIN)]
         cost = np.full(len(e), np.inf)
@@ -229,10 +219,24 @@ def _missing(
     return missing
 
 
-def _factor_in_place(a: Doubles) -> None:
-    """Put the Cholesky factor of a [K, K] below its diagonal; what is above means nothing afterwards.
+def _reordered(
+    gram: Doubles, order: npt.NDArray[np.int64], added: float, scale: float, dtype: Any
+) -> npt.NDArray[np.floating[Any]]:
+    """(gram + added on the diagonal) * scale with rows and columns in that order; below the diagonal only zeros."""
+    k = len(gram)
+    found: npt.NDArray[np.floating[Any]] = np.zeros((k, k), dtype)
+    for start in range(0, k, _BAND):
+        rows = gram[order[start : start + _BAND]] * scale
+        rows.astype(dtype).take(order[start:], 1, out=found[start : start + _BAND, start:])
+    found.flat[:: k + 1] += added * scale
+    return found
 
-    Block by block, for products of matrices are several times as fast as LAPACK's potrf.
+
+def _factor_in_place(a: npt.NDArray[np.floating[Any]]) -> None:
+    """The Cholesky factor U, UᵀU = a, in place of the upper triangle of a [K, K]; below it stay its zeros.
+
+    Block by block, for products of matrices are several times as fast as LAPACK's potrf; blocks of the diagonal in
+    float64.
 
     Raises:
         numpy.linalg.LinAlgError: a is not positive definite.
@@ -240,12 +244,16 @@ def _factor_in_place(a: Doubles) -> None:
     n = len(a)
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        diagonal = np.linalg.cholesky(a[start:end, start:end])
-        a[start:end, start:end] = diagonal
-        a[end:, start:end] = panel = a[end:, start:end] @ np.linalg.inv(diagonal).T
-        for column in range(end, n, _BLOCK):
-            here = panel[column - end :]
-            a[column:, column : column + _BLOCK] -= here @ here[:_BLOCK].T
+        here = a[start:end, start:end].astype(np.float64)
+        diagonal = np.linalg.cholesky(np.triu(here) + np.triu(here, 1).T)
+        a[start:end, start:end] = diagonal.T
+        if end == n:
+            return
+        a[start:end, end:] = panel = np.linalg.inv(diagonal).astype(a.dtype) @ a[start:end, end:]
+        for row in range(end, n, _BLOCK):
+            to = min(row + _BLOCK, n)
+            a[row:to, row:] -= panel[:, row - end : to - end].T @ panel[:, row - end :]
+            a[row:to, row:to] = np.triu(a[row:to, row:to])
 
 
 class Prepared:

@@ -39,7 +39,7 @@ struct DescentProblem {
   float* scratch;  // [cols]
 };
 
-constexpr int kFeedbackRows = 32;  // rows that are rounded side by side
+constexpr int kFeedbackRows = 128;  // rows that are rounded side by side
 
 void qg_feedback__scalar(const FeedbackProblem& problem);
 void qg_feedback__avx2(const FeedbackProblem& problem);

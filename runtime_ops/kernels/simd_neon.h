@@ -22,6 +22,7 @@ inline V splat(float x) { return {vdupq_n_f32(x)}; }
 inline V operator+(V a, V b) { return {vaddq_f32(a.v, b.v)}; }
 inline V operator-(V a, V b) { return {vsubq_f32(a.v, b.v)}; }
 inline V operator*(V a, V b) { return {vmulq_f32(a.v, b.v)}; }
+inline V fused(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline V operator/(V a, V b) { return {vdivq_f32(a.v, b.v)}; }
 inline Mask operator<(V a, V b) { return {vcltq_f32(a.v, b.v)}; }
 inline V select(Mask m, V a, V b) { return {vbslq_f32(m.m, a.v, b.v)}; }

@@ -1,8 +1,9 @@
 // One lane: the reference that every wider vector must match bit for bit.
 //
 // A vector type V offers the few operations below, each with one IEEE result, so a kernel that is
-// written once over V gives the same bits on every instruction set. No fused multiply-add, and
-// max/min return the second operand when one is NaN (as x86 does).
+// written once over V gives the same bits on every instruction set. A product and a sum are two
+// roundings unless the kernel says `fused`; max/min return the second operand when one is NaN (as
+// x86 does).
 #pragma once
 
 #include <cmath>
@@ -23,6 +24,7 @@ inline V splat(float x) { return {x}; }
 inline V operator+(V a, V b) { return {a.v + b.v}; }
 inline V operator-(V a, V b) { return {a.v - b.v}; }
 inline V operator*(V a, V b) { return {a.v * b.v}; }
+inline V fused(V a, V b, V c) { return {std::fma(a.v, b.v, c.v)}; }  // a b + c
 inline V operator/(V a, V b) { return {a.v / b.v}; }
 inline V max(V a, V b) { return {a.v > b.v ? a.v : b.v}; }
 inline V min(V a, V b) { return {a.v < b.v ? a.v : b.v}; }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qgraph
-from qgraph import files, weights
+from qgraph import files, registry, weights
 from qgraph.calibrate import grams
 from qgraph.calibrate.groups import Group
 from qgraph.calibrate.simulate import Simulated
@@ -136,7 +136,7 @@ def test_solvers_make_up_for_what_was_lost_before(name, text):
     wanted = x @ w.T + lost
 
     def off(stats):
-        solver = qgraph.registry.get("solver", name)()
+        solver = registry.get("solver", name)()
         q = solver.solve(w, spec, stats, np.random.default_rng(0))
         q.check()
         return float(np.square(wanted - seen @ q.dequantize().T).mean())
@@ -150,7 +150,7 @@ def test_without_a_difference_the_target_is_the_weight():
     w, x, _, lost = pair()
     whole = stats_of(x, x, 0 * lost)
     q = [
-        qgraph.registry.get("solver", "gptq")().solve(
+        registry.get("solver", "gptq")().solve(
             w, QuantSpec.parse("uint4.g32"), stats, np.random.default_rng(0)
         )
         for stats in (whole, WeightStats(gram=whole.gram))

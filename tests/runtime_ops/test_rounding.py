@@ -57,7 +57,8 @@ def reference(rows, w, order, factor):
         s, z = rows.scale[:, g], rows.zero_point[:, g]
         added = np.zeros(n, np.float32)
         for i in range(j):
-            added = added + factor[j, i] * errors[:, i]
+            # The product of two float32 is exact in float64: one rounding, as in the kernels.
+            added = (np.float64(factor[j, i]) * errors[:, i] + added).astype(np.float32)
         x = w[:, column] + added
         code = np.rint(np.minimum(np.maximum(x / s, rows.low - z), rows.high - z))
         errors[:, j] = w[:, column] - code * s
@@ -73,7 +74,9 @@ def cost(w, rows, gram):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("bits", "signed"), CASES)
 def test_feedback_equals_numpy_bit_for_bit(bits, signed, isa):
-    for n, k, group in SHAPES:
+    # More rows than share what is read of the factor, more columns than stay in the first cache.
+    large = [(140, 340, 32)] if (bits, signed) == (4, False) else []
+    for n, k, group in SHAPES + large:
         w, gram = problem(n, k)
         rows = start(w, group, bits, signed)
         order = np.argsort(-np.diag(gram)).astype(np.int32)
