@@ -66,8 +66,12 @@ class WorkDir:
                 shutil.rmtree(scrap) if scrap.is_dir() else scrap.unlink()
         self.require(key)
 
-    def require(self, key: Mapping[str, Any]) -> None:
+    def require(self, key: Mapping[str, Any], hint: str = "") -> None:
         """Say more about what the work is for; what was said before must be the same.
+
+        Args:
+            key: further entries, or the same again.
+            hint: what to do where something differs, if there is more to say.
 
         Raises:
             errors.InputError: QG106 with what differs.
@@ -79,7 +83,8 @@ class WorkDir:
             more = "" if len(differences) <= 3 else f" (and {len(differences) - 3} more)"
             raise self._failure(
                 f"holds work that was for something else: {'; '.join(differences[:3])}{more}",
-                "repeat the command that it was begun with, or give another folder, or delete this one",
+                hint
+                or "repeat the command that it was begun with, or give another folder, or delete this one",
             )
         if len(known) < len(plain):
             self._key.update(plain)

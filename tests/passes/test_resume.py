@@ -148,6 +148,17 @@ def test_work_for_something_else_is_refused_and_left_alone(place):
     assert any("inputs-0001-twin" in name for name in held)
 
 
+def test_another_plan_is_refused(place):
+    with pytest.raises(KeyboardInterrupt):
+        optimize("out.onnx", "work", progress=interrupted(1))
+    key = json.loads(Path("work/work.json").read_text())
+    key["key"]["plan"] = "that of another day"
+    Path("work/work.json").write_text(json.dumps(key))
+    with pytest.raises(errors.InputError, match="plan was that of another day") as caught:
+        optimize("out.onnx", "work")
+    assert "measured" in caught.value.diagnostics[0].hint
+
+
 def test_a_folder_of_other_files_is_refused(place):
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
