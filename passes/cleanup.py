@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, normalized
 from qgraph.pipeline import Context, Keeps, Pass
 from qgraph.registry import register
 
 
 @register
 class Cleanup(Pass):
-    """Drop dead nodes, initializers, functions and opset imports; sort initializers."""
+    """Drop dead nodes, initializers, functions and opset imports; sort initializers; forget what canonicalize noted."""
 
     name = "cleanup"
     keeps = Keeps.BIT_EXACT
@@ -20,4 +20,4 @@ class Cleanup(Pass):
         """Clean `model` in place."""
         removed = graph.remove_dead(model)
         graph.sort_initializers(model)
-        return removed > 0
+        return normalized.forget(model) or removed > 0

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, normalized
 
 Array = npt.NDArray[Any]
 
@@ -87,6 +87,8 @@ def _fold_one(model: ir.Model, norm: ir.Node, names: graph.Names) -> bool:
     new_bias = (factor * (old_bias - mean) + beta).astype(tensor.dtype.numpy())
     name = str(bias.name) if bias is not None else f"{weight.name}.bias"
     _replace_constant(model, conv, 2, ir.tensor(new_bias, name=name), name, names)
+    # The running mean and variance are those of the norm's input: behind it they are β and γ².
+    normalized.record(conv, beta, np.abs(gamma))
     graph.replace_uses(norm.outputs[0], conv.outputs[0])
     _keep_name(norm.outputs[0], conv.outputs[0])
     graph.owner(norm).remove(norm, safe=True)

@@ -75,8 +75,15 @@ def _added(model: ir.Model, held: dict[str, Any], data: list[dict[str, Any]]) ->
     return outputs(copy, rounded) - outputs(model, data)
 
 
-def _watch(model: ir.Model, data: Any, held: dict[str, Any], *overrides: str) -> qgraph.Result:
-    """Quantize, and remember the plan as correct-bias leaves it."""
+def _watch(
+    model: ir.Model,
+    data: Any,
+    held: dict[str, Any],
+    *overrides: str,
+    recipe: Any = "int8-static",
+    options: tuple[str, ...] = ("held_out=0",),
+) -> qgraph.Result:
+    """Quantize, and remember the plan as correct-bias leaves it: by default with all corrections."""
     from qgraph.pipeline import Instrument
 
     class After(Instrument):
@@ -86,10 +93,10 @@ def _watch(model: ir.Model, data: Any, held: dict[str, Any], *overrides: str) ->
                 held["grid"] = ctx.plan.grids["x"]
                 dims = np.asarray(graph.array(work.graph.initializers["a"])).shape
                 held["codes"] = ctx.plan.solved["a"].dequantize().reshape(dims)
+                held["weight"] = graph.array(work.graph.initializers["a"])
 
-    return qgraph.optimize(
-        model, "int8-static", data=data, instruments=[After()], overrides=overrides
-    )
+    given = (*(f"options.correct-bias.{o}" for o in options), *overrides)
+    return qgraph.optimize(model, recipe, data=data, instruments=[After()], overrides=given)
 
 
 def test_so_many_samples(parse):
@@ -134,3 +141,42 @@ def test_an_operator_without_a_bias_gets_one(parse, opset):
 def test_a_recipe_may_leave_it_out():
     assert "correct-bias" in load("int8-static").pipeline
     assert "correct-bias" not in load(without_correction()).pipeline
+
+
+NORMED = f"""{HEAD} p = Conv (x, a) n = BatchNormalization (p, g, k, m, v) q = Relu(n) y = Conv (q, b) }}"""
+
+
+def test_means_come_from_norms_where_asked(parse):
+    """The inputs of the second operator are as the norm says, so both ways find the same."""
+    data = [{"x": draw(4, 4, 8, 8)} for _ in range(16)]
+    a, b = draw(16, 4, 1, 1), draw(6, 16, 1, 1)
+    b[:, 0] *= 40  # the steps of the others are coarse
+    ones, k = np.ones(16, np.float32), draw(16)
+    variance = np.square(a).sum(axis=(1, 2, 3))
+    model = parse(NORMED, a=a, b=b, g=ones, k=k, m=0 * ones, v=variance)
+    found = {}
+    for method in ("empirical", "analytic"):
+        held: dict[str, Any] = {}
+        _watch(model, data, held, options=("held_out=0", f"method={method}"))
+        found[method] = held["corrections"]
+    assert set(found["empirical"]) == {"p", "y"} or len(found["empirical"]) == 2
+    assert set(found["analytic"]) == {"y"}, "nothing is known of the model's input"
+    scale = np.abs(found["empirical"]["y"]).max()
+    assert scale > 0
+    np.testing.assert_allclose(found["analytic"]["y"], found["empirical"]["y"], atol=0.3 * scale)
+
+
+def test_corrections_that_do_not_help_other_samples_are_left_out(parse):
+    """The first samples are not like the others: their means are no use."""
+    constants = {name: array.copy() for name, array in CONSTANTS.items()}
+    constants["a"][:, :, 0, 0] *= 20
+    constants["b"][:, 0] *= 20
+    model = parse(f"{HEAD} {DEPTHWISE} }}", **constants)
+    odd = [{"x": -f["x"]} for f in samples(6)]
+    held: dict[str, Any] = {}
+    done = _watch(model, odd + samples(18), held, options=("samples=6",))
+    (note,) = [d.message for d in done.report.diagnostics if d.code == "QG406"]
+    assert "others would not bring 6 other samples closer" in note
+    assert len(held["corrections"]) < 2
+    done = _watch(model, samples(24), held, options=("samples=6",))
+    assert len(held["corrections"]) == 2

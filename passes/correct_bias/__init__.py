@@ -9,13 +9,17 @@ Equalization and Bias Correction", 2019 (arXiv:1906.04721, 4.2), in the empirica
 
 Each operator is corrected for its own rounding alone, as if all before it were exact. Correcting what is left of the
 shifts of operators before it as well counts them twice, and that diverges (docs/notes/static_int8.md).
+
+Without data the mean of x comes from BatchNormalizations that were folded (`analytic`); with data it is measured, and
+corrections stay only where they make other samples better (`held_out`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +28,7 @@ from pydantic import Field
 
 from qgraph import activations, graph, qdq, trials, weights
 from qgraph.observers import Grid
+from qgraph.passes.correct_bias import analytic, held_out
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
 from qgraph.spec import QTensor
@@ -35,7 +40,7 @@ _BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Rounded:
+class Rounded:
     """An operator whose weight is rounded, and the grid of its input."""
 
     weight: Weight
@@ -45,11 +50,19 @@ class _Rounded:
 
     @property
     def output(self) -> str:
+        """The name of what the operator gives."""
         return str(self.use.node.outputs[0].name)
 
     def rounded(self) -> Array:
         """The weight that the codes mean, as the operator reads it, float32."""
-        weight = self.use.matrix.back(self.solved.dequantize(), self.weight.dims)
+        return self.oriented(self.use.matrix.back(self.solved.dequantize(), self.weight.dims))
+
+    def plain(self) -> Array:
+        """The weight itself, as the operator reads it."""
+        return self.oriented(graph.array(self.weight.value))
+
+    def oriented(self, weight: Array) -> Array:
+        """A weight behind the Transpose through which the operator reads it."""
         if self.use.through is None:
             return weight
         return np.ascontiguousarray(
@@ -66,25 +79,43 @@ class CorrectBias(Pass):
     keeps = Keeps.BIT_EXACT
 
     class Options(PassOptions):
-        """How much data is used."""
+        """Where means come from, and how much data is used."""
 
+        method: Literal["auto", "empirical", "analytic"] = "auto"
+        """Means of the inputs: measured on samples, from folded BatchNormalizations, or the latter without data."""
         samples: int = Field(32, ge=1)
         """How many samples the mean is taken over, the first ones; means settle early."""
+        held_out: int = Field(8, ge=0)
+        """How many of the samples that follow must get better, at most a quarter of all; 0 takes all corrections."""
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Fill `ctx.plan.corrections`."""
+        options = self.options_as(CorrectBias.Options)
         found = list(_rounded(model, ctx))
-        if not found or ctx.data is None:
+        if not found:
             return False
-        samples = self.options_as(CorrectBias.Options).samples
-        for batch in _batches(found):
-            ctx.plan.corrections.update(_mean_errors(model, batch, ctx, samples))
-        count = len(ctx.plan.corrections)
-        ctx.report("note", "QG406", self.name, f"{count} biases make up for rounding")
+        held = min(options.held_out, len(ctx.data) // 4) if ctx.data is not None else 0
+        samples = min(options.samples, len(ctx.data) - held) if ctx.data is not None else 0
+        made: dict[str, Array] = {}
+        if options.method == "analytic" or (options.method == "auto" and ctx.data is None):
+            made.update(analytic.mean_errors(model, found))
+        elif ctx.data is not None:
+            for batch in _batches(found):
+                made.update(_mean_errors(model, batch, ctx, samples))
+        kept = made
+        if held and made:
+            others = list(islice(iter(ctx.data), samples, samples + held))
+            kept = held_out.accepted(model, ctx, made, others)
+        ctx.plan.corrections.update(kept)
+        if made:
+            message = f"{len(kept)} biases make up for rounding"
+            if len(kept) < len(made):
+                message += f"; {len(made) - len(kept)} others would not bring {held} other samples closer to float"
+            ctx.report("note", "QG406", self.name, message)
         return False
 
 
-def _rounded(model: ir.Model, ctx: Context) -> Iterator[_Rounded]:
+def _rounded(model: ir.Model, ctx: Context) -> Iterator[Rounded]:
     """The operators of the main graph that compute on codes and whose bias can change."""
     _, grids = activations.recall(model, ctx.plan)
     for weight in weights.find(model):
@@ -100,12 +131,12 @@ def _rounded(model: ir.Model, ctx: Context) -> Iterator[_Rounded]:
                 and output in ctx.plan.operators
             ):
                 assert use.node.inputs[0] is not None
-                yield _Rounded(weight, use, solved, grids[use.node.inputs[0]])
+                yield Rounded(weight, use, solved, grids[use.node.inputs[0]])
 
 
-def _batches(found: Sequence[_Rounded]) -> Iterator[list[_Rounded]]:
+def _batches(found: Sequence[Rounded]) -> Iterator[list[Rounded]]:
     """As many operators at a time as keep their weights within 256 MB."""
-    batch: list[_Rounded] = []
+    batch: list[Rounded] = []
     held = 0
     for each in found:
         size = 4 * int(np.prod(each.weight.dims))
@@ -118,7 +149,7 @@ def _batches(found: Sequence[_Rounded]) -> Iterator[list[_Rounded]]:
 
 
 def _mean_errors(
-    model: ir.Model, batch: Sequence[_Rounded], ctx: Context, samples: int
+    model: ir.Model, batch: Sequence[Rounded], ctx: Context, samples: int
 ) -> dict[str, Array]:
     """By operator, the mean over samples of what quantization adds to each output channel [C]."""
     made = trials.Trials(model, max(e.grid.spec.qtype.bits for e in batch))
