@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import Any, TypeAlias
 
-from qgraph.page import numbers, tables
+from qgraph.page import choice, numbers, tables
 from qgraph.page.document import Tile
 from qgraph.page.elements import Child, el
 from qgraph.page.tables import Cell, Column
@@ -62,7 +62,12 @@ def content(report: Report) -> list[Child]:
     return [
         outputs_table(report.metrics.get("outputs", ()), report.metrics.get("samples", 0)),
         _latency(report.latency),
-        *_given_back(report.control),
+        *choice.content(report.choice),
+        *_given_back(report.control, "so that the accuracy floors hold", 0),
+        *(
+            _given_back(each, f"after the choice: {each['for']}", number)
+            for number, each in enumerate(report.choice.get("given_back", ()), 1)
+        ),
     ]
 
 
@@ -133,7 +138,7 @@ def _latency(latency: Mapping[str, Any]) -> Child:
     ]
 
 
-def _given_back(control: Mapping[str, Any]) -> list[Child]:
+def _given_back(control: Mapping[str, Any], purpose: str, number_of_table: int) -> list[Child]:
     if not control:
         return []
     columns = [Column("Weight"), Column("Was"), Column("Is"), Column("Alone it left", True)]
@@ -144,7 +149,7 @@ def _given_back(control: Mapping[str, Any]) -> list[Child]:
         alone = Cell(numbers.decibels(worst) or "not measured", worst)
         rows.append([tables.name(each["label"]), each["from"], each["to"], alone])
     return [
-        el("h3", "Given back so that the accuracy floors hold"),
+        el("h3", f"Given back {purpose}"),
         el("p", str(control["why"])),
-        tables.table("given-back", "Weights that got bits back", columns, rows),
+        tables.table(f"given-back-{number_of_table}", "Weights that got bits back", columns, rows),
     ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -156,3 +157,37 @@ def test_mixed_precision_shows_its_front_and_what_was_weighed(small_report):
         assert told in page
     assert text.count('class="chosen"') == 1
     assert "4.50 bits per weight, 450 B: measured 0.01, predicted 0.01, chosen" in text
+
+
+def test_recipe_auto_shows_what_it_measured(small_report):
+    report = small_report()
+    returned = {
+        "label": "stem",
+        "from": "int8.ch.sym",
+        "to": "float",
+        "alone": {"logits": {"sqnr_db": 12.0}},
+    }
+    report.choice = {
+        "clock": "processor",
+        "uniform": {"static": {"ratio": 0.56, "sqnr_db": 40.9}, "table": {"ratio": 1.04, "sqnr_db": "inf"}},
+        "classes": [
+            {"name": "Conv 3x3", "weights": ["a", "b"], "form": "static", "times": {"static": 1.0, "float": 2.217}},
+            {"name": "Gemm 10x96", "weights": ["c"], "form": "static", "times": {}},
+        ],
+        "given_back": [{"for": "repair", "why": "SQNR is 9 dB", "returned": [returned]}] * 2,
+    }  # fmt: skip
+    report.control = {"why": "SQNR is 20 dB", "returned": [returned]}
+    text = report.to_html()
+    page = " ".join(Texts(text).shown)
+    for told in (
+        "Conv 3x3",
+        "static 1.00x, float 2.22x",
+        "not timed",
+        "0.56x",
+        "exact",
+        "after the choice: repair",
+        "12.0 dB",
+    ):
+        assert told in page
+    names = re.findall(r' id="([^"]+)"', text)
+    assert len(names) == len(set(names))
