@@ -41,7 +41,7 @@ class Solver(ABC):
     """Base class of solvers. Set `name` and implement `solve`; `statistics` says what of the inputs it asks for."""
 
     name: ClassVar[str]
-    statistics: ClassVar[Literal["none", "gram"]] = "none"
+    statistics: ClassVar[Literal["none", "importance", "gram"]] = "none"
     Options: ClassVar[type[SolverOptions]] = SolverOptions
 
     def __init__(self, **options: Any) -> None:

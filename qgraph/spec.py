@@ -117,9 +117,11 @@ class QuantSpec:
             hint = "write TYPE[.tensor|.ch|.gN][.sym|.asym], e.g. int4.g32.sym; " + errors.nearest(
                 text.split(".")[0], known
             )
-            raise errors.RecipeError(
-                errors.Diagnostic("error", "QG302", repr(text), "is not a quantization spec", hint)
-            )
+            what = "is not a quantization spec"
+            if match is not None and match["type"] in ("int3", "uint3"):
+                what = "has 3 bits, which neither ONNX nor an operator of any target stores"
+                hint = "write int4, in whose container 3-bit codes would save nothing, or int2"
+            raise errors.RecipeError(errors.Diagnostic("error", "QG302", repr(text), what, hint))
         qtype = known[match["type"]]
         group = int(match["group"] or 0)
         if match["group"] is not None and group < 2:

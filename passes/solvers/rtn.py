@@ -68,6 +68,14 @@ class Rtn(Solver):
         return result.tensor((n, k))
 
 
+@register
+class RtnImportance(Rtn):
+    """The same with the mean of x² of each input channel as importance: where inputs are large, weights are exact."""
+
+    name = "rtn-importance"
+    statistics = "importance"
+
+
 class _Result:
     """Codes, scales and zero points of a matrix, filled by the rows."""
 

@@ -186,6 +186,71 @@ def test_ternary_weights_are_exact():
     assert solve("ternary", normal(48, 64), "int2.ch") is None
 
 
+@pytest.mark.parametrize("label", ["normal", "outlier", "zero-rows", "positive"])
+def test_least_squares_ternary_is_the_best_there_is(label):
+    w = FILLS[label](12, 7)
+    importance = np.random.default_rng(0).uniform(0.1, 3, 7).astype(np.float32)
+    for stats in (None, WeightStats(importance=importance)):
+        found, plain, exact = (
+            solve("ternary", w, "int2.ch", stats, fit=fit)
+            for fit in ("least-squares", "absmean", "exact")
+        )
+        assert found is not None and plain is not None and exact is None
+        found.check()
+        weights = np.ones(7) if stats is None else importance
+        for q in (found, plain):
+            assert set(np.unique(q.codes)) <= {-1, 0, 1}
+            assert q.error == pytest.approx(numerics.squared_error(w, q, weights), rel=1e-5)
+        # Every choice of codes, each with its best scale.
+        for row, codes in zip(w.astype(np.float64), found.dequantize(), strict=True):
+            best = np.inf
+            for tried in itertools.product((-1, 0, 1), repeat=7):
+                q = np.array(tried)
+                square = (weights * q * q).sum()
+                s = (weights * q * row).sum() / square if square else 0.0
+                best = min(best, (weights * np.square(row - s * q)).sum())
+            off = (weights * np.square(row - codes)).sum()
+            assert off <= best * (1 + 1e-5) + 1e-12
+        assert found.error <= plain.error * (1 + 1e-6)
+
+
+def test_ternary_weights_stay_exact_whatever_the_fit():
+    w = ternary(48, 64)
+    for fit in ("absmean", "least-squares"):
+        q = solve("ternary", w, "int2.ch", fit=fit)
+        assert q is not None and q.error == 0
+
+
+@pytest.mark.parametrize("text", ["uint4.g32.asym", "uint2.g16.asym", "uint4.ch.asym"])
+@pytest.mark.parametrize("label", ["normal", "outlier", "positive", "tiny"])
+def test_hqq_lowers_its_norm_in_every_block(text, label):
+    from qgraph.passes.solvers.hqq import Hqq
+
+    w = np.random.default_rng(1).standard_t(3, (40, 90)).astype(np.float32)
+    if label != "normal":
+        w = FILLS[label](40, 90)
+    found, plain = (solve(name, w, text) for name in ("hqq", "rtn"))
+    assert found is not None and plain is not None
+    found.check()
+    ours, theirs = (Hqq().norms(w, q) for q in (found, plain))
+    assert (ours <= theirs * (1 + 1e-9)).all()
+    if label == "normal":
+        assert ours.sum() < 0.999 * theirs.sum()
+
+
+def test_hqq_refuses_grids_without_zero_points():
+    with pytest.raises(errors.RecipeError, match="QG402"):
+        registry.get("solver", "hqq")().solve(
+            normal(4, 64), QuantSpec.parse("int4.g32"), None, np.random.default_rng(0)
+        )
+
+
+@pytest.mark.parametrize("text", ["int3.g32", "uint3.ch"])
+def test_three_bits_are_refused_with_the_reason(text):
+    with pytest.raises(errors.RecipeError, match="neither ONNX nor an operator of any target"):
+        QuantSpec.parse(text)
+
+
 def correlated(k: int, rows: int, seed: int) -> np.ndarray[Any, Any]:
     """The Gram matrix of inputs that lean on each other, some large, some dead."""
     rng = np.random.default_rng([seed, k])
