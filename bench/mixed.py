@@ -4,8 +4,8 @@
 
 Models, samples and what is measured are those of bench/solvers.py: every MatMul is quantized, tables stay float, the
 figures are KL(float || quantized) of the weights alone on held-out text, in nats per token. All columns have the same
-formats to take from, and each weight in each format is solved once, by round-descent with the inputs of the float
-model; --sequential solves the mixtures and what they are compared with again, with the inputs of the quantized model.
+formats to take from, and each weight in each format is solved once, by --solver with the inputs of the float model;
+--sequential solves the mixtures and what they are compared with again, with the inputs of the quantized model.
 
 The hand rule is llama.cpp's: the first and the last eighth of the blocks are one notch higher than the others.
 A mixture has to beat all formats and hand rules with fewer bits, and the smallest of each kind with at least its own.
@@ -72,9 +72,10 @@ class Study:
         name: of the model.
         folder: an empty folder.
         samples: calibration samples on which mixtures are measured while choosing.
+        solver: of all weights.
     """
 
-    def __init__(self, name: str, folder: Path, samples: int) -> None:
+    def __init__(self, name: str, folder: Path, samples: int, solver: str) -> None:
         path = int4_error._located(solvers.MODELS[name].path)
         self.model, self.name = files.load(path), name
         self.recipe = recipes.load(recipe_of(FORMATS))
@@ -97,7 +98,7 @@ class Study:
         judged = list(itertools.islice(held_out(name), JUDGED[name]))
         self.seen = mixtures.Mixtures(model, found, few, (), seen, 0, mixtures.loss)
         self.unseen = mixtures.Mixtures(model, found, judged, (), unseen, 0, mixtures.loss)
-        costs.QUICK = "round-descent"
+        costs.QUICK = solver
         solved = costs.solve(model, self.items, self.dataset, ctx, Spool(folder))
         self.seen.know(solved)
         self.unseen.know(solved)
@@ -133,20 +134,22 @@ class Study:
         low, high = self.uniform(text), self.uniform(wider[kind])
         return [h if b in raised else l for b, l, h in zip(blocks, low, high, strict=True)]
 
+    def knapsack(self, bits: float, values: Sequence[Sequence[float]] | None = None) -> list[int]:
+        """The least predicted loss for so many bits; by other losses where they are given."""
+        sizes = [[float(o.nbytes) for o in item.options] for item in self.items]
+        known = values or [[o.loss for o in item.options] for item in self.items]
+        found = knapsack.solve(known, [knapsack.Limit(sizes, bits * self.elements / 8)])
+        assert found is not None
+        return found
+
     def mixed(self, bits: float) -> tuple[list[int], swaps.Swaps]:
         """What qgraph chooses for so many bits."""
         most = bits * self.elements / 8
-        sizes = [[float(o.nbytes) for o in item.options] for item in self.items]
-
-        def solve(values: Sequence[Sequence[float]]) -> list[int] | None:
-            return knapsack.solve(values, [knapsack.Limit(sizes, most)])
-
-        start = solve([[o.loss for o in item.options] for item in self.items])
-        assert start is not None
         found = swaps.improve(
-            self.items, start, self.seen, solve,
+            self.items, self.knapsack(bits), self.seen,
+            lambda values: self.knapsack(bits, values),
             lambda chosen: items.total(self.items, chosen) <= most,
-            2 * len(self.items), lambda: False,
+            len(self.items) // 2, lambda: False,
         )  # fmt: skip
         return found.chosen, found
 
@@ -199,7 +202,7 @@ def spearman(study: Study, count: int) -> dict[str, Any]:
 def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One model."""
     start = time.process_time()
-    it = Study(name, folder, given.samples)
+    it = Study(name, folder, given.samples, given.solver)
     took = time.process_time() - start
     print(
         f"{name}: {len(it.items)} weights, sensitivities took {took:.0f} processor seconds",
@@ -214,10 +217,21 @@ def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for f in FORMATS
         if f.startswith(("uint2", "uint4")) and "g16" not in f
     }
-    chosen = {f"mixed {b:g}": it.mixed(b)[0] for b in map(float, given.bits.split(","))}
     rows: dict[str, dict[str, float]] = {}
-    for title, mixture in (others | chosen).items():
+
+    def row(title: str, mixture: list[int]) -> None:
         rows[title] = {"bits": it.bits(mixture), "kl": it.loss(mixture)}
+        print(f"{name:12s} {title:26s} {rows[title]}", flush=True)
+
+    for title, mixture in others.items():
+        row(title, mixture)
+    chosen = {}
+    for bits in map(float, given.bits.split(",")):
+        row(f"knapsack {bits:g}", it.knapsack(bits))
+    for bits in map(float, given.bits.split(",")):
+        chosen[f"mixed {bits:g}"], found = it.mixed(bits)
+        row(f"mixed {bits:g}", chosen[f"mixed {bits:g}"])
+        print(f"{name:12s} {found.tried} mixtures tried, {found.taken} taken", flush=True)
     if given.sequential:
         for title, mixture in (others | chosen).items():
             if title.startswith("mixed") or any(_matters(rows, title, m) for m in chosen):
@@ -269,10 +283,15 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--bits", default="4.5,4,3")
     parser.add_argument("--samples", type=int, default=8, help="on which mixtures are measured")
+    parser.add_argument("--solver", default="round-descent")
+    parser.add_argument(
+        "--rounds", type=int, default=swaps.ROUNDS, help="of knapsacks with measured steps"
+    )
     parser.add_argument("--spearman", type=int, default=0, metavar="N")
     parser.add_argument("--sequential", action="store_true", help="solve again in sequence")
     parser.add_argument("--json", type=Path, help="write the result there")
     given = parser.parse_args()
+    swaps.ROUNDS = given.rounds
     result = {}
     for name in given.models.split(","):
         with tempfile.TemporaryDirectory() as folder:

@@ -15,12 +15,10 @@ from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
-from pydantic import ValidationError
 
 from qgraph import accuracy, auto, errors, files, ledger, mixed, registry, workdir
 from qgraph import recipe as recipes
 from qgraph import verify as verifier
-from qgraph.budget import Budget
 from qgraph.data import Dataset, inputs_of, load
 from qgraph.floors import FloorMissed, Floors
 from qgraph.instruments import EquivalenceChecker, Verifier
@@ -136,7 +134,7 @@ def optimize(
             errors.Diagnostic("error", "QG305", "verify", f"cannot be {verify!r}", hint)
         )
     chosen, goal = _resolve(recipe, overrides, target)
-    chosen = _budgeted(
+    chosen = mixed.budgeted(
         chosen, {"max_size": max_size, "avg_bits": avg_bits, "max_latency": max_latency}
     )
     is_mixed = mixed.is_mixed(chosen)
@@ -346,29 +344,6 @@ def _mixture(chooser: mixed.Chooser, kept: WorkDir | None) -> mixed.Choice:
     if kept is not None:
         kept.store("mixed", {}, choice.to_json())
     return choice
-
-
-def _budgeted(chosen: recipes.Recipe, given: dict[str, str | int | float | None]) -> recipes.Recipe:
-    """The recipe with a budget; recipe `mixed` instead of `auto`, which has nothing that a budget could choose."""
-    held = {key: value for key, value in given.items() if value is not None}
-    if held and auto.is_measured(chosen):
-        chosen = recipes.PRESETS["mixed"].model_copy(update={"target": chosen.target})
-    if held:
-        try:
-            budget = Budget.model_validate({**chosen.budget.model_dump(), **held})
-        except ValidationError as e:
-            raise errors.RecipeError(
-                *(
-                    errors.Diagnostic(
-                        "error", "QG305", "--" + str(p["loc"][0]).replace("_", "-"),
-                        p["msg"].removeprefix("Value error, "),
-                    )
-                    for p in e.errors()
-                )
-            ) from e  # fmt: skip
-        chosen = chosen.model_copy(update={"budget": budget})
-    mixed.require_choices(chosen)
-    return chosen
 
 
 def _resolve(

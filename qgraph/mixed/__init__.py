@@ -11,13 +11,8 @@ choosing  all of them, until the written file fits and the floors hold
 
 from __future__ import annotations
 
-from qgraph.mixed.choosing import (
-    BudgetMissed,
-    Chooser,
-    is_mixed,
-    require_choices,
-    require_data,
-)
+from qgraph.mixed.asked import budgeted, is_mixed, require_data
+from qgraph.mixed.choosing import BudgetMissed, Chooser
 from qgraph.mixed.telling import RULE, Choice
 
 __all__ = [
@@ -25,7 +20,7 @@ __all__ = [
     "BudgetMissed",
     "Choice",
     "Chooser",
+    "budgeted",
     "is_mixed",
-    "require_choices",
     "require_data",
 ]

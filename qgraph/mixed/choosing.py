@@ -41,42 +41,6 @@ _TIMED = 4  # files that may be timed until one is fast enough
 T = TypeVar("T")
 
 
-def is_mixed(recipe: Recipe) -> bool:
-    """Whether a recipe leaves formats open."""
-    return any(rule.choices for rule in recipe.rules)
-
-
-def require_choices(recipe: Recipe) -> None:
-    """Refuse a budget where a recipe has nothing to choose.
-
-    Raises:
-        errors.RecipeError: QG330.
-    """
-    if recipe.budget.is_set and not is_mixed(recipe):
-        raise errors.RecipeError(
-            errors.Diagnostic(
-                "error", "QG330", f"{recipe.budget}",
-                f"recipe {recipe.name!r} leaves no format open that a budget could choose",
-                'use --recipe mixed, or give a rule choices = ["uint4.g32", "int8.g32", ...]',
-            )
-        )  # fmt: skip
-
-
-def require_data(data: object) -> None:
-    """Refuse to choose where nothing can be measured.
-
-    Raises:
-        errors.InputError: QG131.
-    """
-    if data is None:
-        raise errors.InputError(
-            errors.Diagnostic(
-                "error", "QG131", "mixed precision", "needs samples to measure which weights matter",
-                errors.GIVE_SAMPLES,
-            )
-        )  # fmt: skip
-
-
 class BudgetMissed(errors.AccuracyError):
     """No mixture is within the budget."""
 
