@@ -9,15 +9,13 @@ from qgraph.page import charts, numbers, tables
 from qgraph.page.charts import Mark
 from qgraph.page.elements import Child, el
 from qgraph.page.tables import Cell, Column
-from qgraph.report import Report, Shift
+from qgraph.report import Report, Shift, megabytes
 
 
 def content(report: Report) -> list[Child]:
     """Kernels with their share of the work, and every operator that multiplies."""
     if not report.operators:
-        return [
-            el("p", f"The runtime of target {report.target} was not asked; the ledger has the written forms.")
-        ]  # fmt: skip
+        return _by_weight(report)
     total = sum(o.macs for o in report.operators) or 1
     columns = (
         Column("Kernel"), Column("Multiplies"), Column("Operators", True),
@@ -38,6 +36,36 @@ def content(report: Report) -> list[Child]:
             _operators(report),
         ),
     ]
+
+
+def _by_weight(report: Report) -> list[Child]:
+    """What runs for the weights, where no multiplications were counted."""
+    asked = any(e.runs for e in report.ledger)
+    found: dict[str, list[int]] = {}
+    for entry in report.quantized:
+        for kernel in dict.fromkeys(entry.runs or entry.forms):
+            found.setdefault(kernel, []).append(entry.stored_bytes)
+    if not found:
+        return []
+    told = (
+        "Read from the graph that the runtime made of the file, for each quantized weight."
+        if asked
+        else f"The runtime of target {report.target} was not asked; these are the forms that were written."
+    )
+    columns = (
+        Column("Kernel" if asked else "Form"),
+        Column("Weights", True),
+        Column("Their bytes", True),
+    )
+    rows: list[list[Child | Cell]] = [
+        [
+            kernel,
+            Cell(f"{len(sizes):,}", float(len(sizes))),
+            Cell(megabytes(sum(sizes)), float(sum(sizes))),
+        ]
+        for kernel, sizes in sorted(found.items(), key=lambda item: -sum(item[1]))
+    ]
+    return [el("p", told), tables.table("kernels-table", "Kernels", columns, rows)]
 
 
 def _kind(is_integer: bool, runs: str) -> str:

@@ -181,3 +181,37 @@ def test_two_thousand_layers_open_quickly(browser, small_report, tmp_path):
     assert time.monotonic() - start < 10  # about 1 s on an idle machine
     assert cells(browser, "ledger", 5)[-1] == ""
     assert len(text) < 4_000_000
+
+
+def test_the_report_of_a_real_run(browser, tmp_path):
+    import qgraph
+
+    result = qgraph.optimize("zoo:tiny-cnn", "int8-weights", verify="off")
+    browser.open(result.report.to_html(), tmp_path)
+    assert browser.complaints == []
+    assert len(browser.requests) == 1
+    labels = [c.split("\n")[0] for c in cells(browser, "ledger", 0)]
+    assert labels == [entry.label for entry in result.ledger]
+    kernels = cells(browser, "kernels-table", 0)
+    assert sorted(kernels) == sorted({run for entry in result.ledger for run in entry.runs})
+    assert kernels
+
+
+def test_the_page_of_an_evaluation(browser, hostile, tmp_path):
+    from qgraph.evaluate import TensorLosses, telling
+    from qgraph.evaluate.isolated import TensorLoss
+    from qgraph.evaluate.tensors import TensorError
+
+    errors = [TensorError(db, 0.1, 0.99, 0.9, 0) for db in (20.0, 30.0)]
+    losses = (
+        TensorLoss(hostile, f"MatMul {hostile}", *errors),
+        TensorLoss("b", "Conv 'c'", *errors[::-1]),
+    )
+    found = telling.of_tensors(TensorLosses(losses, ("moved",)), hostile, "float.onnx", "d.npz")
+    browser.open(found.to_html(), tmp_path)
+    assert browser.complaints == []
+    assert len(browser.requests) == 1
+    assert cells(browser, "table-0", 2) == ["20.0 dB", "30.0 dB"]  # the worst by itself first
+    assert cells(browser, "table-0", 0) == [hostile, "b"]
+    assert len(browser.all("svg.chart")) == 2
+    assert browser.all("img") == []

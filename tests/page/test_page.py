@@ -191,3 +191,15 @@ def test_recipe_auto_shows_what_it_measured(small_report):
         assert told in page
     names = re.findall(r' id="([^"]+)"', text)
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_runs_is_told_of_weights_where_nothing_was_counted(small_report, asked):
+    report = small_report()
+    report.operators = []
+    for entry in report.ledger:
+        entry.runs = entry.runs if asked else []
+    page = " ".join(Texts(report.to_html()).shown)
+    assert ("Read from the graph that the runtime made" in page) is asked
+    assert ("was not asked; these are the forms" in page) is not asked
+    assert ("matmul-nbits" in page) is not asked
