@@ -197,11 +197,11 @@ def _differences(was: Any, now: Any, where: str) -> Iterator[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in sorted(was.keys() | now.keys()):
             inner = f"{where}.{key}" if where else key
-            yield from _differences(was.get(key), now.get(key), inner)
+            yield from _differences(was.get(key, "absent"), now.get(key, "absent"), inner)
     elif was != now:
         yield f"{where} was {_short(was)}, is {_short(now)}"
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:16]}…"

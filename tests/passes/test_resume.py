@@ -197,6 +197,15 @@ def test_what_was_half_written_is_swept_away_and_what_is_damaged_is_named(tmp_pa
         workdir.WorkDir(work.folder, {"a": 1})
 
 
+def test_differences_are_told_entry_by_entry(tmp_path):
+    work = workdir.WorkDir(tmp_path / "w", {"recipe": {"a": 1, "b": {"c": ""}}, "model": "m" * 64})
+    with pytest.raises(errors.InputError) as caught:
+        work.require({"recipe": {"a": 1, "b": {"c": "x"}, "d": None}, "model": "n" * 64})
+    text = caught.value.diagnostics[0].message
+    assert 'recipe.b.c was "", is x' in text and "recipe.d was absent, is null" in text
+    assert f"model was {'m' * 16}…, is {'n' * 16}…" in text and "recipe.a" not in text
+
+
 def test_digests_tell_models_apart():
     model = network()
     whole = workdir.digest(model)
