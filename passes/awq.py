@@ -1,11 +1,12 @@
 """awq: scale up the channels of weights that read large activations, so that rounding the weights loses less.
 
-    s_j = mean|x_j|^α          x_j / s_j is made instead of x_j,  w_j s_j is rounded instead of w_j
+    s_j = mean|x_j|^α / mean|w_j|^β        x_j / s_j is made instead of x_j,  w_j s_j is rounded instead of w_j
 
 Activation-aware weight quantization of Lin et al. 2023 (arXiv:2306.00978), over the channel symmetries of
 `qgraph.symmetry`: the factor goes into whatever makes the channels (norm gains, linears, values through attention with
-shared heads, one side of a gated product). α is searched for each group: the error of all its readers' outputs on
+shared heads, one side of a gated product). (α, β) is searched for each group: the error of all its readers' outputs on
 rows of the data, with the readers rounded as the recipe's rules will have them. A group that is best as it is stays.
+With β = 0 that is the method of the paper; β = 1 - α also takes back what one layer scales up and the next one down.
 
 Activations keep their type, so this serves recipes that quantize weights alone; `smooth` serves the others.
 """
@@ -25,12 +26,13 @@ from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.plan import QuantPlan
 from qgraph.recipe import FLOAT
 from qgraph.registry import register
-from qgraph.scaling import Doubles, Site
+from qgraph.scaling import Doubles, Reader, Site
 from qgraph.solver import Solver
 from qgraph.spec import QuantSpec
 from qgraph.weights import Weight
 
-ALPHAS = tuple(round(0.05 * i, 2) for i in range(1, 21))
+TENTHS = tuple(i / 10 for i in range(11))
+EXPONENTS = (*((a, 0.0) for a in TENTHS[1:]), *((a, round(1 - a, 1)) for a in TENTHS[:-1]))
 _LEAST_GAIN = 0.98  # a factor that leaves more of the error than this is not worth it
 
 
@@ -48,7 +50,7 @@ class Awq(Pass):
         """How strongly, and judged on how much."""
 
         alpha: float = Field(default=0.0, ge=0, le=1)
-        """How much of the activations' sizes moves into the weights, 0..1; 0 searches it for every group."""
+        """How much of the activations' sizes moves into the weights, 0..1; 0 searches exponents for every group."""
         rows: int = Field(default=512, ge=1)
         """Rows of activations that sizes and errors are measured on."""
 
@@ -62,29 +64,29 @@ class Awq(Pass):
         if not sites:
             return False
         planned = _planned(model, ctx)
-        alphas = (options.alpha,) if options.alpha else ALPHAS
+        exponents = ((options.alpha, 0.0),) if options.alpha else EXPONENTS
         rng = np.random.default_rng(ctx.recipe.seed)
-        taken = rows.take(
-            model, dataset, scaling.axes(sites), options.rows, rng, threads=ctx.threads
-        )
-        chosen: list[float] = []
+        axes = scaling.axes(sites)
+        taken = rows.take(model, dataset, axes, options.rows, rng, threads=ctx.threads)
+        chosen: list[tuple[float, float]] = []
         for count, site in enumerate(sites):
             ctx.progress(f"scaling {site.group.name}", count / len(sites))
-            judged = _judged(site, taken, planned, ctx, np.random.default_rng(ctx.recipe.seed))
-            sizes = _sizes(site, taken)
-            if not judged or not np.isfinite(sizes).all():
+            judged = _judged(site, taken, planned, ctx)
+            sizes = _sizes(site, taken), _weights(site)
+            if not judged or not all(np.isfinite(each).all() for each in sizes):
                 continue
             plain = sum(j.error(np.ones(site.group.size)) for j in judged)
-            found = {a: sum(j.error(_factors(sizes, a)) for j in judged) for a in alphas}
-            alpha = scaling.choose(found, plain, _LEAST_GAIN)
-            if alpha is not None:
-                chosen.append(alpha)
-                symmetry.scale(model, site.group, _factors(sizes, alpha), spool=ctx.spool)
+            found = {e: sum(j.error(_factors(*sizes, *e)) for j in judged) for e in exponents}
+            best = min(found, key=lambda e: found[e])
+            if found[best] < _LEAST_GAIN * plain:
+                chosen.append(best)
+                symmetry.scale(model, site.group, _factors(*sizes, *best), spool=ctx.spool)
         if chosen:
+            both, alphas = sum(b > 0 for _, b in chosen), [a for a, _ in chosen]
             ctx.report(
                 "note", "QG217", "awq",
-                f"scaled {len(chosen)} of {len(sites)} groups of channels, with alpha from "
-                f"{min(chosen):g} to {max(chosen):g}",
+                f"scaled {len(chosen)} of {len(sites)} groups of channels, with alpha from {min(alphas):g} to "
+                f"{max(alphas):g}, {both} of them by the sizes of weights too",
             )  # fmt: skip
         return bool(chosen)
 
@@ -124,10 +126,10 @@ def _judged(
     taken: dict[str, Doubles],
     planned: dict[tuple[ir.Node, int], tuple[Weight, QuantSpec]],
     ctx: Context,
-    rng: np.random.Generator,
 ) -> list[_Judged]:
     """The readers that will be quantized."""
     found = []
+    rng = np.random.default_rng(ctx.recipe.seed)
     solver: Solver = registry.get("solver", "rtn")(threads=ctx.threads)
     for reader in site.readers:
         held = planned.get((reader.member.node, reader.member.index))
@@ -141,20 +143,32 @@ def _judged(
 
 
 def _sizes(site: Site, taken: dict[str, Doubles]) -> Doubles:
-    """mean|x| of the group's channels [C] over all rows of all activations that are read."""
+    """Mean |x| of the group's channels [C] over all rows of all activations that are read."""
+    read = {r.name: r for r in site.readers}.values()
+    return _means(
+        site, [(r, np.abs(taken[r.name]).mean(axis=0)) for r in read if len(taken[r.name])]
+    )
+
+
+def _weights(site: Site) -> Doubles:
+    """Mean |w| of what reads each of the group's channels [C]."""
+    return _means(site, [(r, np.abs(r.matrix()).mean(axis=(0, 1))) for r in site.readers])
+
+
+def _means(site: Site, found: list[tuple[Reader, Doubles]]) -> Doubles:
+    """The mean [C] of what readers say about their own channels."""
     total, count = np.zeros(site.group.size), np.zeros(site.group.size)
-    for reader in {r.name: r for r in site.readers}.values():
-        x = taken[reader.name]
-        np.add.at(total, reader.at, np.abs(x).sum(axis=0))
-        np.add.at(count, reader.at, len(x))
+    for reader, own in found:
+        np.add.at(total, reader.at, own)
+        np.add.at(count, reader.at, 1)
     return total / np.maximum(count, 1)
 
 
-def _factors(sizes: Doubles, alpha: float) -> Doubles:
+def _factors(sizes: Doubles, w: Doubles, alpha: float, beta: float) -> Doubles:
     """1 / s_j, with a geometric mean of 1; 1 for channels that are never used."""
-    used = sizes > 0
+    used = (sizes > 0) & (w > 0)
     raw = np.ones_like(sizes)
-    raw[used] = sizes[used] ** -alpha
+    raw[used] = w[used] ** beta / sizes[used] ** alpha
     return scaling.even(raw, used)
 
 

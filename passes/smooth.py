@@ -34,8 +34,8 @@ _ACTIVATIONS = QuantSpec.parse("uint8.tensor.asym")
 _WEIGHTS = QuantSpec.parse("int8.ch")
 _LEAST_GAIN = 0.98  # a factor that leaves more of the error than this is not worth it
 _LEAST_INSERTED = 0.7  # and an operator more is worth it below this
-# Factors follow extremes, and the error is measured on few rows: nearly as good as the best is as good.
-_AS_GOOD = 1.1
+# The error is measured on few rows: among alphas that are nearly as good as the best, the least extreme one is taken.
+_AS_GOOD, _MIDDLE = 1.1, 0.5
 
 
 @register
@@ -116,8 +116,11 @@ def _search(
         return None
     plain = sum(j.error(np.ones(group.size)) for j in judged)
     found = {a: sum(j.error(1 / _smoothing(fitted, largest, a)) for j in judged) for a in alphas}
-    alpha = scaling.choose(found, plain, needed, _AS_GOOD)
-    return None if alpha is None else (alpha, 1 / _smoothing(peak, largest, alpha))
+    least = min(found.values())
+    if not least < needed * plain:
+        return None
+    alpha = min((a for a in alphas if found[a] <= _AS_GOOD * least), key=lambda a: abs(a - _MIDDLE))
+    return alpha, 1 / _smoothing(peak, largest, alpha)
 
 
 @dataclass

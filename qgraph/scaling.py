@@ -1,4 +1,4 @@
-"""Where channels may be scaled so that readers are easier to quantize, and the choice among factors by what they lose.
+"""Where channels may be scaled so that what reads them is easier to quantize.
 
 A site is a group of channels that `qgraph.symmetry` lets scale, all of whose readers are products with one channel
 along one axis of their weight: then the error of their outputs can be measured on a few rows of their inputs. `smooth`
@@ -7,7 +7,6 @@ and `awq` search such sites; they differ in the factors that they try and in wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -74,23 +73,6 @@ def sites(model: ir.Model) -> list[Site]:
 def axes(found: list[Site]) -> dict[str, int]:
     """The channel axis of every activation that the sites' readers take, by name."""
     return {r.name: r.axis for s in found for r in s.readers}
-
-
-def choose(
-    found: Mapping[float, float], plain: float, needed: float, as_good: float = 1.0
-) -> float | None:
-    """The exponent whose factors lose least; among those that are nearly as good, the one nearest to 0.5.
-
-    Args:
-        found: error by exponent.
-        plain: error without factors.
-        needed: share of `plain` that has to be undercut, else None.
-        as_good: errors up to this multiple of the least count as nearly as good.
-    """
-    least = min(found.values())
-    if not least < needed * plain:
-        return None
-    return min((a for a in found if found[a] <= as_good * least), key=lambda a: abs(a - 0.5))
 
 
 def even(raw: Doubles, used: npt.NDArray[np.bool_]) -> Doubles:

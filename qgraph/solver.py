@@ -41,7 +41,8 @@ class Solver(ABC):
     """Base class of solvers. Set `name` and implement `solve`; `statistics` says what of the inputs it asks for."""
 
     name: ClassVar[str]
-    statistics: ClassVar[Literal["none", "importance", "gram"]] = "none"
+    statistics: ClassVar[Literal["none", "importance", "blocks", "gram"]] = "none"
+    """What it reads of the Gram matrix: nothing, the diagonal, what lies inside the groups, or all of it."""
     Options: ClassVar[type[SolverOptions]] = SolverOptions
 
     def __init__(self, **options: Any) -> None:

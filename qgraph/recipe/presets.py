@@ -153,7 +153,8 @@ PRESETS: dict[str, Recipe] = {
             name="int4-awq",
             summary="as int4, channels that are large on the samples of --data scaled up first (awq): for outliers",
             pipeline=(DEFAULT_PIPELINE[0], "awq", *DEFAULT_PIPELINE[1:]),
-            rules=(*_TABLES, _int4(32), *_REST),
+            options={"solve-weights": {"inputs": "float"}},
+            rules=(*_TABLES, _int4(32, "clip"), *_REST),
         ),
         Recipe(
             name="mixed",

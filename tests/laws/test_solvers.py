@@ -267,6 +267,38 @@ def gram_cost(w: Any, q: QTensor, gram: Any) -> np.ndarray[Any, Any]:
     return found
 
 
+def block_cost(w: Any, q: QTensor, gram: Any, group: int) -> np.ndarray[Any, Any]:
+    """What each row and group costs by itself."""
+    e = np.asarray(w, np.float64) - q.dequantize()
+    columns = [slice(i, i + group) for i in range(0, w.shape[1], group)]
+    parts = [np.einsum("nk,nk->n", e[:, c] @ gram[c, c], e[:, c]) for c in columns]
+    return np.stack(parts, axis=1)
+
+
+BLOCK_SOLVERS = [n for n in SOLVERS if registry.get("solver", n).statistics == "blocks"]
+
+
+@pytest.mark.parametrize("sign", ["sym", "asym"])
+@pytest.mark.parametrize("grain", ["tensor", "ch", "g16", "g32", "g128"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", BLOCK_SOLVERS)
+def test_no_group_is_worse_than_plain_rounding_under_its_block(name, bits, grain, sign):
+    text = f"{'' if sign == 'sym' else 'u'}int{bits}.{grain}.{sign}"
+    for (n, k), label in itertools.product([(48, 64), (5, 37), (3, 300)], ("normal", "outlier")):
+        w, gram = FILLS[label](n, k), correlated(k, 2 * k, n)
+        plain, found = (solve(each, w, text, WeightStats(gram=gram)) for each in ("rtn", name))
+        assert plain is not None and found is not None
+        found.check()
+        group = QuantSpec.parse(text).group or k
+        cost, bound = block_cost(w, found, gram, group), block_cost(w, plain, gram, group)
+        assert found.error == pytest.approx(cost.sum(), rel=1e-6)
+        if grain == "tensor":
+            cost, bound = cost.sum(), bound.sum()
+        assert (cost <= bound * (1 + 1e-6) + 1e-9 * np.trace(gram)).all()
+        if bits == 4 and grain != "tensor" and label == "normal" and k < 300:
+            assert cost.sum() < 0.97 * bound.sum()
+
+
 GRAM_SOLVERS = [n for n in SOLVERS if registry.get("solver", n).statistics == "gram"]
 
 
@@ -306,7 +338,7 @@ def test_wide_matrices_hold_the_law_without_measuring_every_row(rows):
     assert found.error == pytest.approx(cost.sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", GRAM_SOLVERS)
+@pytest.mark.parametrize("name", GRAM_SOLVERS + BLOCK_SOLVERS)
 def test_gram_solvers_do_not_depend_on_threads_or_on_what_was_solved_before(name):
     w, gram = normal(700, 96), correlated(96, 300, 0)
     other = WeightStats(gram=correlated(96, 300, 1))

@@ -164,19 +164,23 @@ def test_four_bits_lose_less_than_plain_rounding():
     reference = models.build("tiny-llama")
     texts = list(eval_tokens()[32 * 128 : 48 * 128].reshape(16, 128))
 
-    def kl(model, pipeline):
-        rules = [
-            {**r.model_dump(), "sensitive": "", "sensitive_share": 0.0}
-            for r in PRESETS["int4"].rules
-        ]
-        recipe = {"pipeline": pipeline, "rules": rules}
+    def kl(model, name):
+        recipe = PRESETS[name].model_dump()
+        recipe["rules"] = [{**r, "sensitive": "", "sensitive_share": 0.0} for r in recipe["rules"]]
         made = qgraph.optimize(model, recipe, data=tokens(), verify="off", inspect=False)
         found = evaluate.divergence(reference, made.model, texts, 128)
         return found.divergence.kl_mean.value
 
-    plain, aware = PRESETS["int4"].pipeline, PRESETS["int4-awq"].pipeline
-    usual = kl(reference, plain)
-    assert kl(reference, aware) < 0.97 * usual
-    collapsed = kl(stressed(), plain)
-    assert collapsed > 4 * usual
-    assert kl(stressed(), aware) < 1.1 * usual
+    usual = kl(reference, "int4")
+    assert kl(reference, "int4-awq") < 0.97 * usual
+    outliers = stressed()
+    assert kl(outliers, "int4") > 4 * usual
+    assert kl(outliers, "int4-awq") < 1.05 * usual
+
+
+def test_recipe_is_int4_behind_awq_with_ranges_by_output_error():
+    recipe = PRESETS["int4-awq"]
+    assert recipe.pipeline[1] == "awq"
+    (linear,) = [r for r in recipe.rules if r.id == "linear"]
+    (plain,) = [r for r in PRESETS["int4"].rules if r.id == "linear"]
+    assert linear == plain.model_copy(update={"solver": "clip"})
