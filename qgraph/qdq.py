@@ -37,6 +37,7 @@ class Placed:
         weights: float tensor of each weight, by name.
         uses: weight → the operators that read it.
         biases: operator → its float bias, None where it had none.
+        added: MatMul → the Add behind it, which input of that is constant, and the constant before it was corrected.
     """
 
     pairs: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Placed:
     weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     uses: dict[str, list[ir.Node]] = field(default_factory=dict)
     biases: dict[ir.Node, tuple[str, ir.TensorProtocol] | None] = field(default_factory=dict)
+    added: dict[ir.Node, tuple[ir.Node, int, str, ir.TensorProtocol]] = field(default_factory=dict)
 
     def write(self, writer: Writer, regions: Regions, grids: Mapping[ir.Value, Grid]) -> None:
         """Insert the pairs around activations; what comes out of DequantizeLinear has one."""
@@ -71,6 +73,11 @@ class Placed:
         made = graph.add_initializer(model.graph, names(weight), self.weights[weight])
         for node in self.uses[weight]:
             node.replace_input_with(1, made)
+            if node in self.added:
+                add, index, name, tensor = self.added.pop(node)
+                add.replace_input_with(
+                    index, graph.add_initializer(model.graph, names(name), tensor)
+                )
             if node not in self.biases:
                 continue
             held = self.biases.pop(node)
@@ -146,8 +153,11 @@ class Placed:
     ) -> None:
         """Turn the constant float bias of a Conv or Gemm into int32 behind DequantizeLinear, scale = s_x * s_w.
 
-        The correction [C] is taken off it; an operator without a bias gets one for it.
+        The correction [C] is taken off it; an operator without a bias gets one for it. That of a MatMul is taken off
+        what is added behind it.
         """
+        if node.op_type == "MatMul" and correction is not None:
+            self._correct_added(writer, node, correction)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if node.op_type not in _BIASED or (bias is None and correction is None):
             return
@@ -188,6 +198,35 @@ class Placed:
             self.biases[node] = (str(bias.name), bias.const_value)
         else:
             self.biases[node] = None
+
+    def _correct_added(self, writer: Writer, node: ir.Node, correction: Array) -> None:
+        held = bias_behind(node, correction.size)
+        assert held is not None
+        add, index = held
+        bias = add.inputs[index]
+        assert bias is not None and bias.const_value is not None
+        stored = graph.array(bias)
+        values = (stored.astype(np.float64) - correction).astype(stored.dtype)
+        name = f"{node.outputs[0].name}.bias"
+        self.added[node] = (add, index, str(bias.name), bias.const_value)
+        add.replace_input_with(index, writer.constant(("added", name), name, lambda: values))
+
+
+def bias_behind(node: ir.Node, columns: int) -> tuple[ir.Node, int] | None:
+    """The Add that alone reads a MatMul's output, and which of its inputs is a constant with a value per column."""
+    out = node.outputs[0]
+    uses = list(out.uses())
+    if len(uses) != 1 or out.is_graph_output():
+        return None
+    add, index = uses[0]
+    if add.op_type != "Add" or add.domain or add.graph is not node.graph:
+        return None
+    other = add.inputs[1 - index]
+    if other is None or other.const_value is None or not graph.is_constant(other):
+        return None
+    dims = [int(d) for d in other.const_value.shape.numpy()]
+    is_row = bool(dims) and dims[-1] == columns == int(np.prod(dims))
+    return (add, 1 - index) if is_row else None
 
 
 def with_room_for_bias(q: QTensor, weight: Weight, grids: Mapping[ir.Value, Grid]) -> QTensor:

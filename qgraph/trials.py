@@ -68,6 +68,14 @@ class Trials:
         """An output of a biased operator, averaged over the axes behind the channels."""
         return self.add("GlobalAveragePool", value) if BIASED[node.op_type] else value
 
+    def columns(self, value: ir.Value, count: int) -> ir.Value:
+        """A value [..., count], averaged over all axes but the last: [1, count, 1]."""
+        rows = self.add("Reshape", value, self.constant(np.array([-1, count])))
+        channels = self.constant(np.array([1, count, -1]))
+        return self.add(
+            "GlobalAveragePool", self.add("Reshape", self.add("Transpose", rows), channels)
+        )
+
     def output(self, value: ir.Value) -> int:
         """Make a value an output; returns which one."""
         self._outputs.append(value)

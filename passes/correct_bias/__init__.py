@@ -125,13 +125,19 @@ def _rounded(model: ir.Model, ctx: Context) -> Iterator[Rounded]:
         solved = ctx.plan.solved[weight.name] = qdq.with_room_for_bias(solved, weight, grids)
         for use in weight.uses:
             output = str(use.node.outputs[0].name)
-            if (
-                use.node.op_type in trials.BIASED
-                and not use.in_body
-                and output in ctx.plan.operators
-            ):
+            if not use.in_body and output in ctx.plan.operators and _has_bias(weight, use, ctx):
                 assert use.node.inputs[0] is not None
                 yield Rounded(weight, use, solved, grids[use.node.inputs[0]])
+
+
+def _has_bias(weight: Weight, use: Use, ctx: Context) -> bool:
+    """The operator has a bias or can have one; that of a MatMul is a float constant that an Add behind it adds."""
+    if use.node.op_type in trials.BIASED:
+        return True
+    if use.node.op_type != "MatMul" or use.index != 1:
+        return False
+    behind = qdq.bias_behind(use.node, weight.shape[0])
+    return behind is not None and graph.output_name(behind[0]) not in ctx.plan.operators
 
 
 def _batches(found: Sequence[Rounded]) -> Iterator[list[Rounded]]:
@@ -159,7 +165,9 @@ def _mean_errors(
         weight = made.constant(each.rounded())
         twin = made.add(node.op_type, x, weight, *node.inputs[2:], like=node)
         for out in (node.outputs[0], twin):
-            made.output(made.channels(node, out))
+            is_matmul = node.op_type == "MatMul"
+            width = each.weight.shape[0]
+            made.output(made.columns(out, width) if is_matmul else made.channels(node, out))
     totals: list[Array] = [np.zeros(1)] * len(batch)
     count, total = 0, min(samples, len(ctx.data))
     for count, means in enumerate(made.run(ctx.data, samples, ctx.threads), start=1):

@@ -180,3 +180,31 @@ def test_corrections_that_do_not_help_other_samples_are_left_out(parse):
     assert len(held["corrections"]) < 2
     done = _watch(model, samples(24), held, options=("samples=6",))
     assert len(held["corrections"]) == 2
+
+
+def test_what_is_added_behind_a_matmul_is_corrected(parse):
+    """Of rank 3, so it is no Gemm; the bias is shared and each MatMul gets its own."""
+    text = """g (float[n, m, 16] x) => (float[n, m, 8] y) {
+        p = MatMul (x, a) q = Add (p, k) r = Relu (q) s = MatMul (r, b) y = Add (k, s) }"""
+    a, b = draw(16, 8), draw(8, 8)
+    a[0] *= 20  # the steps of the others are coarse
+    b[0] *= 20
+    model = parse(text, a=a, b=b, k=draw(8))
+    data = [{"x": np.abs(draw(1, 40, 16)) + 3} for _ in range(16)]
+    kept = qgraph.optimize(model, "int8-static", data=data)
+    plain = qgraph.optimize(model, without_correction(), data=data)
+
+    def shifted(result: qgraph.Result) -> float:
+        added = outputs(result.to_proto(), data) - outputs(model, data)
+        return float(np.abs(added.mean(axis=(0, 1))).mean())
+
+    assert shifted(kept) < 0.4 * shifted(plain)
+    constants = [
+        graph.array(v)
+        for n in graph.nodes(kept.model)
+        if n.op_type == "Add"
+        for v in n.inputs
+        if graph.is_constant(v)
+    ]
+    assert len(constants) == 2
+    assert (constants[0] != constants[1]).any()
