@@ -80,7 +80,9 @@ class Awq(Pass):
             best = min(found, key=lambda e: found[e])
             if found[best] < _LEAST_GAIN * plain:
                 chosen.append(best)
-                symmetry.scale(model, site.group, _factors(*sizes, *best), spool=ctx.spool)
+                factors = _factors(*sizes, *best)
+                symmetry.scale(model, site.group, factors, spool=ctx.spool)
+                scaling.follow(taken, site, factors)
         if chosen:
             both, alphas = sum(b > 0 for _, b in chosen), [a for a, _ in chosen]
             ctx.report(
@@ -107,7 +109,7 @@ class _Judged:
 
     def error(self, factors: Doubles) -> float:
         """Mean over rows of |ŷ - y|² / |y|², with x f and the rounded w / f."""
-        own = np.repeat(factors[self.at], self._pixels)
+        own = np.repeat(scaling.spread(factors, self.at), self._pixels)
         rounded = self.solver.solve(
             (self.w / own).astype(np.float32), self.spec, None, np.random.default_rng(0)
         )
@@ -159,8 +161,9 @@ def _means(site: Site, found: list[tuple[Reader, Doubles]]) -> Doubles:
     """The mean [C] of what readers say about their own channels."""
     total, count = np.zeros(site.group.size), np.zeros(site.group.size)
     for reader, own in found:
-        np.add.at(total, reader.at, own)
-        np.add.at(count, reader.at, 1)
+        is_own = reader.at >= 0
+        np.add.at(total, reader.at[is_own], own[is_own])
+        np.add.at(count, reader.at[is_own], 1)
     return total / np.maximum(count, 1)
 
 

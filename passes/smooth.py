@@ -79,6 +79,7 @@ class Smooth(Pass):
             if found is not None:
                 chosen.append(found[0])
                 symmetry.scale(model, site.group, found[1], spool=ctx.spool)
+                scaling.follow(taken, site, found[1])
         _drop_unused(inserted)
         if chosen:
             ctx.report(
@@ -106,12 +107,12 @@ def _search(
         if seen is None or not len(taken[reader.name]):
             return None
         w = reader.matrix()
-        np.maximum.at(peak, reader.at, seen.astype(np.float64))
-        np.maximum.at(largest, reader.at, np.abs(w).max(axis=(0, 1)))
+        scaling.largest(peak, reader.at, seen.astype(np.float64))
+        scaling.largest(largest, reader.at, np.abs(w).max(axis=(0, 1)))
         if len(w) > scaling.OUTPUTS:
             w = w[np.sort(rng.permutation(len(w))[: scaling.OUTPUTS])]
         judged.append(_Judged(taken[reader.name], w, reader.at))
-        np.maximum.at(fitted, reader.at, np.abs(taken[reader.name][::2]).max(axis=0))
+        scaling.largest(fitted, reader.at, np.abs(taken[reader.name][::2]).max(axis=0))
     if not np.isfinite(peak).all() or not np.isfinite(largest).all():
         return None
     plain = sum(j.error(np.ones(group.size)) for j in judged)
@@ -143,7 +144,7 @@ class _Judged:
         The grid is that of every other row, the error that of the rows between: factors that make all channels
         equally large on the rows they are made of leave no room for others.
         """
-        own = factors[self.at]
+        own = scaling.spread(factors, self.at)
         x, seen = self._held * own, self._fitted * own
         scale, zero = numerics.range_grid(float(seen.min()), float(seen.max()), _ACTIVATIONS)
         grid = np.full((1, 1), scale, np.float32), np.full((1, 1), zero, np.uint8)

@@ -1,8 +1,9 @@
 """Where channels may be scaled so that what reads them is easier to quantize.
 
 A site is a group of channels that `qgraph.symmetry` lets scale, all of whose readers are products with one channel
-along one axis of their weight: then the error of their outputs can be measured on a few rows of their inputs. `smooth`
-and `awq` search such sites; they differ in the factors that they try and in what they quantize to judge them.
+along one axis of their weight, or constant factors, where nothing is rounded: then the error of the products' outputs
+can be measured on a few rows of their inputs. `smooth` and `awq` search such sites; they differ in the factors that
+they try and in what they quantize to judge them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qgraph.symmetry import Group, Member
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 OUTPUTS = 1024  # output channels that an error is measured on
+_FACTORS = ("Mul", "Div")  # by a constant per channel: takes a factor without error
 _CHANNEL_AXIS = {"MatMul": -1, "Gemm": -1, "Conv": 1, "ConvTranspose": 1}
 
 
@@ -32,7 +34,7 @@ class Reader:
         member: of the group.
         name: of the activation.
         axis: channel axis of the activation.
-        at: for each of its channels which one of the group it is, [K].
+        at: for each of its channels which one of the group it is, [K]; -1 for channels of other groups.
     """
 
     member: Member
@@ -64,8 +66,9 @@ def sites(model: ir.Model) -> list[Site]:
     for group in symmetry.groups(model, ["scale"]):
         if not group.legal or group.bounds or symmetry.would_copy(group):
             continue
-        readers = [r for m in group.readers if (r := _reader(group, m)) is not None]
-        if readers and len(readers) == len(group.readers):
+        products = [m for m in group.readers if m.node.op_type not in _FACTORS]
+        readers = [r for m in products if (r := _reader(group, m)) is not None]
+        if readers and len(readers) == len(products):
             found.append(Site(group, readers))
     return found
 
@@ -73,6 +76,22 @@ def sites(model: ir.Model) -> list[Site]:
 def axes(found: list[Site]) -> dict[str, int]:
     """The channel axis of every activation that the sites' readers take, by name."""
     return {r.name: r.axis for s in found for r in s.readers}
+
+
+def spread(factors: Doubles, at: npt.NDArray[np.int64]) -> Doubles:
+    """Factors [C] of a group for all channels that a reader takes, [K]: 1 for those of other groups."""
+    return np.where(at >= 0, factors[at], 1.0)
+
+
+def largest(into: Doubles, at: npt.NDArray[np.int64], values: Doubles) -> None:
+    """Raise `into` [C] to values [K] of a reader's channels, in place."""
+    np.maximum.at(into, at[at >= 0], values[at >= 0])
+
+
+def follow(taken: dict[str, Doubles], site: Site, factors: Doubles) -> None:
+    """Scale the rows that were taken as the model was: other groups may be read with this one."""
+    for reader in {r.name: r for r in site.readers}.values():
+        taken[reader.name] = taken[reader.name] * spread(factors, reader.at)
 
 
 def even(raw: Doubles, used: npt.NDArray[np.bool_]) -> Doubles:
@@ -108,7 +127,7 @@ def _reader(group: Group, member: Member) -> Reader | None:
     node = member.node
     axis = _CHANNEL_AXIS.get(node.op_type)
     at = group.positions(member)
-    if axis is None or sum(n > 1 for n in at.shape) != 1 or (at < 0).any():
+    if axis is None or sum(n > 1 for n in at.shape) != 1:
         return None
     x = node.inputs[0]
     if x is None or not x.name or graph.is_constant(x) or member.index != 1:

@@ -145,9 +145,9 @@ def where(c: Channels, node: ir.Node) -> None:
 
 @rule("Max", "Min")
 def extreme(c: Channels, node: ir.Node) -> None:
-    """max(s a, s b) = s max(a, b) for s > 0."""
+    """max(s a, s b) = s max(a, b) for s > 0; bounds of single channels ride along, one for all stays."""
     others = [v for v in node.inputs if c.layout(v) is None]
-    if any(number(v) != 0 for v in others):
+    if any(number(v) != 0 and (is_number(v) or not graph.is_constant(v)) for v in others):
         for v in node.inputs:
             held = c.layout(v)
             if held is not None:

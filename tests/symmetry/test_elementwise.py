@@ -139,6 +139,10 @@ def test_max_with_a_number(found, draw):
     assert between(found, draw, "r = Min(h, t)", t=np.float32(1)).only == PERMUTE_ONLY
 
 
+def test_max_with_a_number_per_channel(found, draw):
+    assert between(found, draw, "r = Max(h, t)", t=draw(8)).only == POSITIVE
+
+
 def test_prelu(found, draw):
     result = between(found, draw, "r = PRelu(h, t)", t=np.linspace(0.1, 0.9, 8, dtype=np.float32))
     assert result.only == POSITIVE
