@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qgraph import errors
 from qgraph.runtime import library
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]

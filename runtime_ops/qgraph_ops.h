@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define QG_ABI_VERSION 4
+#define QG_ABI_VERSION 5
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
