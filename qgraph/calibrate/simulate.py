@@ -35,10 +35,18 @@ class Simulated:
         """The copy without the roundings: its operators read the values themselves; what is rounded is read by none."""
         made = graph.clone(self.model)
         values = {str(v.name): v for n in graph.nodes(made) for v in n.outputs}
-        values |= {str(v.name): v for v in made.graph.inputs}
         for rounded, origin in self.origins.items():
-            graph.replace_uses(values[rounded], values[origin])
+            graph.replace_uses(values[rounded], _rounded_by(values[rounded], origin))
         return made
+
+
+def _rounded_by(value: ir.Value, origin: str) -> ir.Value:
+    """What a value rounds: found upwards, because bodies may use a name several times and have inputs of their own."""
+    while value.name != origin:
+        node = value.producer()
+        assert node is not None and node.inputs[0] is not None
+        value = node.inputs[0]
+    return value
 
 
 def simulate(model: ir.Model, plan: QuantPlan, target: Target) -> Simulated:

@@ -187,8 +187,8 @@ def collect(twins: Twins, group: Group) -> tuple[Means, Means]:
     halves = Means(twins.alone), Means(twins.alone)
     for index, values in enumerate(twins.samples(sorted(names))):
         for name in group.inputs:
-            if not values[name][0].size:
-                continue  # of a branch that was not taken
+            if not all(side.size for side in values[name]):
+                continue  # of a branch that was not taken; what is rounded in it may stand outside
             rows = values[name][0].size // values[name][0].shape[-1]
             others = {}
             for weight in group.weights:
