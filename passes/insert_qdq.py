@@ -63,10 +63,11 @@ class InsertQdq(Pass):
         regions, grids = activations.recall(
             model, ctx.plan, ctx.target.integers
         )  # forms may have replaced values
+        needs_bias = ctx.target.integers is not None and ctx.target.integers.needs_bias
         for node in dict.fromkeys(n for nodes in placed.uses.values() for n in nodes):
             assert node.inputs[0] is not None
             correction = ctx.plan.corrections.get(str(node.outputs[0].name))
-            placed.write_bias(writer, node, grids[node.inputs[0]], correction)
+            placed.write_bias(writer, node, grids[node.inputs[0]], correction, is_needed=needs_bias)
         placed.write(writer, regions, grids)
         ctx.plan.solved.clear()
         ctx.plan.corrections.clear()

@@ -149,17 +149,24 @@ class Placed:
         return floats
 
     def write_bias(
-        self, writer: Writer, node: ir.Node, grid: Grid, correction: Array | None = None
+        self,
+        writer: Writer,
+        node: ir.Node,
+        grid: Grid,
+        correction: Array | None = None,
+        *,
+        is_needed: bool = False,
     ) -> None:
         """Turn the constant float bias of a Conv or Gemm into int32 behind DequantizeLinear, scale = s_x * s_w.
 
         The correction [C] is taken off it; an operator without a bias gets one for it. That of a MatMul is taken off
-        what is added behind it.
+        what is added behind it. A Conv without either gets the smallest bias there is where one `is_needed`.
         """
         if node.op_type == "MatMul" and correction is not None:
             self._correct_added(writer, node, correction)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if node.op_type not in _BIASED or (bias is None and correction is None):
+        is_made = bias is None and correction is None
+        if node.op_type not in _BIASED or (is_made and not (is_needed and node.op_type == "Conv")):
             return
         weight = node.inputs[1]
         dequantize = weight.producer() if weight is not None else None
@@ -168,17 +175,20 @@ class Placed:
         assert scales is not None
         values = np.zeros(1) if bias is None else graph.array(bias).astype(np.float64).reshape(-1)
         # A bias that several operators share stays shared unless they are corrected.
-        owner = "" if correction is None else str(node.outputs[0].name)
+        owner = "" if correction is None and bias is not None else str(node.outputs[0].name)
         name = f"{owner}.bias" if bias is None else str(bias.name)
         if correction is not None:
             values = values - correction
+        if is_made:
+            assert dequantize.inputs[0] is not None
+            values = np.zeros(graph.array(dequantize.inputs[0]).shape[0])
         per_channel = graph.array(scales).reshape(-1)
         if values.size < per_channel.size:  # Gemm broadcasts one value
             values = np.full(per_channel.size, values[0])
         elif per_channel.size > 1:  # ConvTranspose shares scales between its groups
             per_channel = np.tile(per_channel, values.size // per_channel.size)
         scale = numerics.bias_scale(grid.scale, per_channel, values.size)
-        codes = numerics.bias_codes(values, scale)
+        codes = np.ones(values.size, np.int32) if is_made else numerics.bias_codes(values, scale)
         key = ("bias", owner, name, grid.scale, str(scales.name))
         parts = {"int32": codes, "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
         constants = [

@@ -119,6 +119,7 @@ class Integers:
         centred: operators whose kernels take no zero point but 0.
         gives_floats: an integer kernel gives float results too; what computes in float reads those and no codes.
         unsigned: kernels of operators without weights take uint8 alone, and none applies a Relu to a signed grid.
+        needs_bias: a Conv without a bias is computed wrongly; it gets one of a single step.
         floats: operators whose weights stay float in models with static activations, each with the reason.
     """
 
@@ -128,6 +129,7 @@ class Integers:
     types: tuple[str, ...]
     centred: frozenset[str] = frozenset()
     unsigned: bool = False
+    needs_bias: bool = False
     floats: Mapping[str, str] = field(default_factory=dict)
     gives_floats: bool = False
 
