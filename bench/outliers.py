@@ -1,6 +1,6 @@
 """Ways to deal with outliers, each at each width: KL divergence to float, top-1 agreement and perplexity.
 
-    python bench/outliers.py [--models tiny-llama,stories260K,norm30] [--ways none,awq] [--widths w4a4] [--work FOLDER]
+    python bench/outliers.py [--models tiny-llama,norm30] [--ways 'none;awq'] [--widths 'w4a4;w8a8'] [--work FOLDER]
 
 stories260K and its stress models lie in the folder that QGRAPH_TEST_DATA names. What calibrates is not what is
 measured: 40 windows of 128 held-out tokens of tiny-llama, stories 600..699 of stories260K. Divergence is that to the
@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "e2e"), str(ROOT / "bench")]
 
 import real_data  # noqa: E402
+from queries_keys import large_keys, round_products  # noqa: E402
 
 Recipe = dict[str, Any]
 Texts = list[npt.NDArray[np.int64]]
 STORIES, TOKENIZER = "lm/stories260K/stories260K.onnx", "lm/stories260K/tok512.bin"
 MODELS = {
     "tiny-llama": "zoo:tiny-llama",
+    "keys30": "zoo:tiny-llama",
     "stories260K": STORIES,
     "norm30": "stress/stories_norm30.onnx",
     "norm100": "stress/stories_norm100.onnx",
@@ -45,6 +47,8 @@ WAYS: dict[str, tuple[tuple[str, ...], Recipe]] = {
     "R1": (("equalize", "rotate"), {"heads": False}),
     "R1, R2": (("equalize", "rotate"), {}),
     "R1, R2, R4": (("equalize", "rotate"), {"online": 128}),
+    "R1, R2, R3": (("equalize", "rotate"), {"scores": 128}),
+    "R1, R2, R3, R4": (("equalize", "rotate"), {"online": 128, "scores": 128}),
 }
 # The recipe whose rules hold, and what is set in its products of 4-bit weights afterwards.
 WIDTHS: dict[str, tuple[str, dict[str, int]]] = {
@@ -54,7 +58,11 @@ WIDTHS: dict[str, tuple[str, dict[str, int]]] = {
     "w4a8": ("w4a8-rotated", {}),
     "w4a4": ("w4a4", {}),
     "w4a4 token": ("w4a4", {"activation_block": 0}),
+    "w8a8 static, qk8": ("int8-static", {}),
+    "w8a8 static, qk4": ("int8-static", {}),
 }
+# Bits of queries and keys, which no target quantizes: simulated, on one static grid for each input of each product.
+SIMULATED = {"w8a8 static, qk8": 8, "w8a8 static, qk4": 4}
 HELD_OUT, WINDOW = (
     8192,
     128,
@@ -66,11 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--ways", default=";".join(WAYS), help="separated by ;")
-    parser.add_argument("--widths", default=",".join(WIDTHS))
+    parser.add_argument("--widths", default=";".join(WIDTHS), help="separated by ;")
     parser.add_argument("--work", type=Path, help="keeps figures between runs")
     parser.add_argument("--json", type=Path, help="write the result there")
     given = parser.parse_args()
-    ways, widths = given.ways.split(";"), given.widths.split(",")
+    ways, widths = given.ways.split(";"), given.widths.split(";")
     result: dict[str, Any] = {}
     for model in given.models.split(","):
         cells = result[model] = {
@@ -99,15 +107,18 @@ def measure(model: str, way: str, width: str) -> dict[str, float]:
     import qgraph
     from qgraph import evaluate
 
-    samples, texts, context = _data(model)
+    drawn, texts, context = _data(model)
+    samples = list(drawn)
     made = qgraph.optimize(
-        _located(MODELS[model]), recipe(way, width), data=list(samples), inspect=False, verify="off"
+        _source(model), recipe(way, width), data=samples, inspect=False, verify="off"
     )
+    if width in SIMULATED:
+        round_products(_source(model), made.model, samples, SIMULATED[width])
     for node in made.model.graph.all_nodes():
         if node.op_type == "MatMulInt4":
             for name, value in WIDTHS[width][1].items():
                 node.attributes[name] = _integer(name, value)
-    reference = _located(MODELS["tiny-llama"] if model == "tiny-llama" else STORIES)
+    reference = _located(MODELS[model] if MODELS[model].startswith("zoo:") else STORIES)
     found = evaluate.divergence(reference, made.model, texts, context)
     return {
         "kl": found.divergence.kl_mean.value,
@@ -154,7 +165,7 @@ def _data(model: str) -> tuple[Iterator[dict[str, Any]], Texts, int]:
     """What calibrates, what is measured, and the context."""
     from qgraph.models import data
 
-    if model == "tiny-llama":
+    if MODELS[model].startswith("zoo:"):
         tokens = data.eval_tokens().astype(np.int64)
         rows = tokens[:HELD_OUT].reshape(-1, WINDOW)
         end = HELD_OUT + 40 * WINDOW
@@ -169,6 +180,18 @@ def _data(model: str) -> tuple[Iterator[dict[str, Any]], Texts, int]:
 
 def _located(path: str) -> str:
     return path if path.startswith("zoo:") else str(real_data.data(path))
+
+
+def _source(model: str) -> Any:
+    """What is quantized: a path or a model."""
+    from qgraph import files
+    from qgraph.models import shapes
+
+    if model != "keys30":
+        return _located(MODELS[model])
+    made = files.load(MODELS[model])
+    large_keys(made, shapes.Llama().head_dim)
+    return made
 
 
 def _integer(name: str, value: int) -> Any:

@@ -3,8 +3,8 @@
 Where the channels of an activation may be rotated is found by `qgraph.symmetry`: the residual stream of a pre-norm
 decoder (R1 in the papers), the values of every attention head (R2), linear pairs of 1x1 convolutions. Gains of norms
 move into their readers first. Nothing of this costs time at inference. `online` adds Hadamard transforms that do,
-before linear operators that no rotation reaches (R4). Sources: QuaRot arXiv 2404.00456, SpinQuant arXiv 2405.16406,
-DartQuant arXiv 2511.04063.
+before linear operators that no rotation reaches (R4), and `scores` those of queries and keys (R3).
+Sources: QuaRot arXiv 2404.00456, SpinQuant arXiv 2405.16406, DartQuant arXiv 2511.04063.
 """
 
 from __future__ import annotations
@@ -16,8 +16,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import Field
 
-from qgraph import errors, graph, online_hadamard, ops, opset, rotations, symmetry, weights
+from qgraph import (
+    errors,
+    graph,
+    online_hadamard,
+    online_scores,
+    ops,
+    opset,
+    rotations,
+    symmetry,
+    weights,
+)
 from qgraph.channel_rows import channel_rows
+from qgraph.online_hadamard import Placed
+from qgraph.online_scores import Product
 from qgraph.ops import bodies
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
@@ -46,6 +58,10 @@ class Rotate(Pass):
         online: int = Field(default=0, ge=0)
         """Largest block of the Hadamard transforms that run before linear operators no rotation reaches (R4), a power
         of two; 0 for none. Left out, with a warning, where the target lacks qgraph's operators."""
+        scores: int = Field(default=0, ge=0)
+        """Largest block of the Hadamard transforms of queries and keys before their products (R3), a power of two; 0
+        for none. They run with the model, as those of `online` do; where no rotary embedding stands between, queries
+        and keys of a head rotate with their weights instead. Worth it where these products are quantized."""
         matrix: Literal["hadamard", "pca", "learned"] = "hadamard"
         """"hadamard": with random signs; "pca": principal axes, then Hadamard; "learned": improved on samples. The last
         two need --data."""
@@ -57,12 +73,15 @@ class Rotate(Pass):
         options = self.options_as(Rotate.Options)
         self._check(options, ctx)
         before = graph.opset(model)
-        online = options.online if options.online and _make_ready(model, ctx) else 0
+        is_ready = self._make_ready(model, options, ctx)
         untied: dict[str, tuple[str, ...]] = {}
         for group in self._legal(model, options):
             untied[group.name] = symmetry.absorb_gains(model, group, spool=ctx.spool).copied
         found = self._legal(model, options)
-        placed = self._online(model, found, online, ctx)
+        placed = []
+        if is_ready:
+            placed += self._online(model, found, options.online, ctx)
+            placed += _scores(model, found, options.scores, ctx) if options.scores else []
         samples = channel_rows(model, found, ctx)
         for number, group in enumerate(found):
             ctx.progress(f"rotating {group.name}", number / len(found))
@@ -75,11 +94,34 @@ class Rotate(Pass):
         return bool(found or placed) or graph.opset(model) != before
 
     def _check(self, options: Options, ctx: Context) -> None:
-        if options.online & (options.online - 1):
-            _refuse("online", f"{options.online} is no power of two", "give 32, 64, 128, ...")
+        for option, size in (("online", options.online), ("scores", options.scores)):
+            if size & (size - 1):
+                _refuse(option, f"{size} is no power of two", "give 32, 64, 128, ...")
         if options.matrix != "hadamard" and ctx.data is None:
             hint = f"{errors.GIVE_SAMPLES}; or matrix = hadamard"
             _refuse("matrix", f"{options.matrix!r} needs samples", hint)
+
+    def _make_ready(self, model: ir.Model, options: Options, ctx: Context) -> bool:
+        """Raise the opset to that of the operator's body; False, with a warning, where that cannot be done."""
+        wanted = options.online and any(online_hadamard.is_linear(w) for w in weights.find(model))
+        if options.scores and not wanted:
+            products = online_scores.find(model, options.scores)
+            unrotated = _unrotated(products, self._legal(model, options))
+            wanted = any(not p.reason for p in unrotated)
+        reason = ""
+        if not wanted:
+            return True
+        if ops.DOMAIN not in _domains(ctx):
+            reason = f"target {ctx.target.name!r} has no Hadamard operator"
+        elif graph.opset(model) < bodies.MIN_OPSET:
+            try:
+                opset.raise_opset(model, bodies.MIN_OPSET)
+            except errors.UnsupportedError as e:
+                reason = e.diagnostics[0].message
+        if reason:
+            text = f"what no rotation reaches stays as it is: {reason}"
+            ctx.report("warning", "QG216", "rotate", text, "--target ort-qgraph, opset 18 or newer")
+        return not reason
 
     @staticmethod
     def _legal(model: ir.Model, options: Options) -> list[Group]:
@@ -87,13 +129,16 @@ class Rotate(Pass):
         return [
             g
             for g in symmetry.groups(model, ["rotate"])
-            if g.legal and g.readers and (options.residual if len(g.blocks) == 1 else options.heads)
+            if g.legal
+            and (
+                (options.residual if len(g.blocks) == 1 else options.heads)
+                if g.readers
+                else options.scores and any(online_scores.is_open(n) for n in g.products)
+            )
         ]
 
     @staticmethod
-    def _online(
-        model: ir.Model, found: list[Group], online: int, ctx: Context
-    ) -> list[online_hadamard.Placed]:
+    def _online(model: ir.Model, found: list[Group], online: int, ctx: Context) -> list[Placed]:
         if not online:
             return []
         rotated = {m.node for g in found for m in g.readers}
@@ -107,22 +152,31 @@ class Rotate(Pass):
         return placed
 
 
-def _make_ready(model: ir.Model, ctx: Context) -> bool:
-    """Raise the opset to that of the operator's body; False, with a warning, where there can be no such operator."""
-    if not any(online_hadamard.is_linear(w) for w in weights.find(model)):
-        return False
-    reason = ""
-    if ops.DOMAIN not in _domains(ctx):
-        reason = f"target {ctx.target.name!r} has no Hadamard operator"
-    elif graph.opset(model) < bodies.MIN_OPSET:
-        try:
-            opset.raise_opset(model, bodies.MIN_OPSET)
-        except errors.UnsupportedError as e:
-            reason = e.diagnostics[0].message
-    if reason:
-        text = f"what no rotation reaches stays as it is: {reason}"
-        ctx.report("warning", "QG216", "rotate", text, "--target ort-qgraph, opset 18 or newer")
-    return not reason
+def _unrotated(products: list[Product], found: list[Group]) -> list[Product]:
+    """Products whose queries and keys no group of `found` rotates."""
+    rotated = {n for g in found for n in g.products}
+    return [p for p in products if p.node not in rotated]
+
+
+def _scores(model: ir.Model, found: list[Group], largest: int, ctx: Context) -> list[Placed]:
+    """Transform queries and keys that no group of `found` rotates; say which stay as they are."""
+    every = online_scores.find(model, largest)
+    if not every:
+        text = "no product of two activations sums over channels: there are no queries and keys"
+        ctx.report("warning", "QG218", "rotate", text, "leave out options.rotate.scores")
+    products = _unrotated(every, found)
+    for product in products:
+        if product.reason:
+            text = f"queries and keys stay as they are: {product.reason}"
+            ctx.report("note", "QG218", graph.where(product.node), text)
+    placed = online_scores.insert(model, [p for p in products if not p.reason])
+    for each in placed:
+        ctx.report(
+            "note", "QG212", each.activation,
+            f"goes through a Hadamard transform in blocks of {each.block} at run time, before "
+            f"{', '.join(each.readers)}: queries or keys",
+        )  # fmt: skip
+    return placed
 
 
 def _domains(ctx: Context) -> set[str]:

@@ -7,7 +7,7 @@ The input of a gated unit's last projection is the case that matters (R4 in QuaR
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +32,10 @@ class Placed:
     readers: tuple[str, ...]
 
 
-def block_of(k: int, largest: int) -> int:
-    """The largest power of two up to `largest` that divides a row of k; under MIN_BLOCK there is none: 0."""
+def block_of(k: int, largest: int, least: int = MIN_BLOCK) -> int:
+    """The largest power of two up to `largest` that divides a row of k; under `least` there is none: 0."""
     block = min(k & -k, largest)
-    return block if block >= MIN_BLOCK else 0
+    return block if block >= least else 0
 
 
 def insert(
@@ -65,7 +65,10 @@ def insert(
                 done.add(weight.name)
                 _fold(weight, block, spool)
     names = graph.Names(model)
-    return [_before(model, x, readers, names) for x, readers in chosen.items()]
+    return [
+        transform(model, x, [(use.node, 0) for _, use, _ in readers], readers[0][2], names)
+        for x, readers in chosen.items()
+    ]
 
 
 def is_linear(weight: Weight) -> bool:
@@ -108,21 +111,24 @@ def _fold(weight: Weight, block: int, spool: Spool | None) -> None:
         weight.value.const_value = ir.Tensor(spool.keep(compute()), dtype=tensor.dtype, name=name)
 
 
-def _before(
-    model: ir.Model, x: ir.Value, readers: list[tuple[Weight, Use, int]], names: graph.Names
+def transform(
+    model: ir.Model,
+    x: ir.Value,
+    uses: Sequence[tuple[ir.Node, int]],
+    block: int,
+    names: graph.Names,
 ) -> Placed:
-    """One Hadamard behind `x`, for all these readers."""
+    """One Hadamard along the last axis of `x`, for these uses of it (nodes of the main graph, input indices)."""
     ops.require(model, "Hadamard")
-    block = readers[0][2]
     factor = model.graph.initializers.get("hadamard.factor")
     if factor is None:
         factor = graph.add_initializer(model.graph, "hadamard.factor", np.ones((1, 1), np.float32))
     out = graph.value(names(f"{x.name}.hadamard"), x.dtype, x.shape)
-    first = min((u.node for _, u, _ in readers), key=list(model.graph).index)
+    first = min((node for node, _ in uses), key=list(model.graph).index)
     graph.add_node(
         first, "Hadamard", [x, factor], [out], name=names(f"{x.name}.Hadamard"),
         domain=ops.DOMAIN, attributes={"block_size": block},
     )  # fmt: skip
-    for _, use, _ in readers:
-        use.node.replace_input_with(0, out)
-    return Placed(str(x.name), block, tuple(str(u.node.name) for _, u, _ in readers))
+    for node, index in uses:
+        node.replace_input_with(index, out)
+    return Placed(str(x.name), block, tuple(str(node.name) for node, _ in uses))

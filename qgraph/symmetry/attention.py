@@ -112,7 +112,7 @@ def _scores(c: Channels, node: ir.Node, q: Labels, k: Labels, rank: int) -> None
     c.limit(q, node, text, scale=NONE)
     c.limit(k, node, text, scale=NONE)
     c.tie(q, k)
-    c.summed.append(q)
+    c.summed.append((q, node))
     c.part(np.broadcast_to(q if q.size >= k.size else k, shape), range(rank - 1))
 
 
@@ -161,7 +161,7 @@ def _fused(
         c.limit(q, node, "sums over channels times another activation's", scale=NONE)
         c.limit(k, node, "sums over channels times another activation's", scale=NONE)
         c.tie(q, np.repeat(k, len(q) // len(k), axis=0))
-        c.summed.append(q)
+        c.summed.append((q, node))
         c.part(q, [0])
     else:
         for each in (q, k):

@@ -104,7 +104,8 @@ class Channels:
         parts: labels [P, ...]: positions along the first axis must not mix.
         reasons: why a level is what it is.
         count: number of labels.
-        summed: labels of channels that meet their own kind in a product (queries and keys): they end without a reader.
+        summed: labels of channels that meet their own kind in a product (queries and keys), where they end without a
+            reader; and the product.
     """
 
     kind: Kind
@@ -115,7 +116,7 @@ class Channels:
     gains: list[Gain] = field(default_factory=list)
     seen: list[tuple[ir.Value, Labels]] = field(default_factory=list)
     parts: list[Labels] = field(default_factory=list)
-    summed: list[Labels] = field(default_factory=list)
+    summed: list[tuple[Labels, ir.Node]] = field(default_factory=list)
     reasons: list[tuple[ir.Node | None, str]] = field(default_factory=lambda: [(None, "")])
     _parent: Labels = field(default_factory=lambda: np.empty(0, np.int64))
     _limit: Labels = field(default_factory=lambda: np.empty(0, np.int64))  # level and reason in one

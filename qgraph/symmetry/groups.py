@@ -65,6 +65,7 @@ class Group:
         riders: biases and the like, transformed with the writers; gains too where permuted.
         bounds: Clip operators whose bounds have to follow a scale.
         gains: factors that have to move into their readers before a rotation (see `folds.absorb_gains`).
+        products: of two activations that both have these channels and sum over them (queries and keys).
         keeps_mean: a rotation has to map the all-ones vector of every block to itself, since a LayerNorm subtracts the
             mean; or the writers are centred and the mean is dropped.
         reason: why `legal` is not larger, for people.
@@ -80,6 +81,7 @@ class Group:
     riders: tuple[Member, ...] = ()
     bounds: tuple[Member, ...] = ()
     gains: tuple[Gain, ...] = ()
+    products: tuple[ir.Node, ...] = ()
     keeps_mean: bool = False
     reason: str = ""
     forbids: ir.Node | None = None
@@ -239,7 +241,10 @@ def _collect(c: Channels) -> list[Group]:
             channels.setdefault(int(key), set()).update(own[whole[own] == key].tolist())
     first = _first_seen(c, whole)
     result: list[tuple[int, int, Group]] = []
-    summed = {int(k) for labels in c.summed for k in np.unique(whole[c.find(labels.ravel())])}
+    summed: dict[int, list[ir.Node]] = {}
+    for labels, node in c.summed:
+        for key in np.unique(whole[c.find(labels.ravel())]):
+            summed.setdefault(int(key), []).append(node)
     for key, by_role in touched.items():
         if not by_role.get("writer") or key not in first:
             continue
@@ -248,7 +253,8 @@ def _collect(c: Channels) -> list[Group]:
         ids = np.array(sorted(channels[key]), np.int64)
         for blocks in _blocks(ids, single[ids]):
             order, value = first[key]
-            result.append((order, int(blocks.min()), _group(c, str(value.name), blocks, by_role)))
+            group = _group(c, str(value.name), blocks, by_role, summed.get(key, ()))
+            result.append((order, int(blocks.min()), group))
     return [g for *_, g in sorted(result, key=lambda item: item[:2])]
 
 
@@ -279,7 +285,13 @@ def _blocks(ids: Labels, parts: npt.NDArray[np.uint64]) -> list[Labels]:
     return [np.array(same, np.int64) for same in by_size.values()]
 
 
-def _group(c: Channels, name: str, blocks: Labels, by_role: dict[str, list[Member]]) -> Group:
+def _group(
+    c: Channels,
+    name: str,
+    blocks: Labels,
+    by_role: dict[str, list[Member]],
+    products: Sequence[ir.Node],
+) -> Group:
     level = c.level(blocks)
     node, reason = c.reason(blocks)
     largest = _LARGEST[c.kind]
@@ -302,6 +314,7 @@ def _group(c: Channels, name: str, blocks: Labels, by_role: dict[str, list[Membe
         riders=tuple(_unique(by_role.get("rider", []), own)),
         bounds=tuple(_unique(by_role.get("bound", []), own)),
         gains=gains,
+        products=tuple(products),
         keeps_mean=c.kind == "rotate" and MEAN <= level < FULL,
         reason=reason,
         forbids=node,
