@@ -75,7 +75,12 @@ def test_a_static_model_has_the_same_bytes_in_another_process() -> None:
     said = [
         subprocess.run(
             [sys.executable, "-c", STATIC, threads],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": seed,
+                "PYTHONPATH": str(ROOT),
+                "OPENBLAS_NUM_THREADS": threads,
+            },
             check=True,
             capture_output=True,
             text=True,

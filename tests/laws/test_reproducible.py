@@ -22,7 +22,12 @@ def in_a_process(hash_seed: str, threads: int) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, HERE / "digests.py", str(threads)],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": hash_seed,
+            "PYTHONPATH": path,
+            "OPENBLAS_NUM_THREADS": str(threads),
+        },
         check=True,
         capture_output=True,
     )

@@ -1,8 +1,14 @@
-"""What is one weight stays one weight: quantized once, stored once, wherever it is used."""
+"""What is one weight stays one weight: quantized once, stored once, wherever it is used.
+
+By default every graph meets every recipe and every target, and every recipe every target; QGRAPH_FULL=1 tries all three
+together.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +18,9 @@ import qgraph
 from qgraph import graph, models, numerics, registry, runtime, verify
 from qgraph.models.odd import ODD, feeds
 from qgraph.recipe import PRESETS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from covering import covering
 
 # The codes of every weight, whatever the form calls them.
 SHARED = {
@@ -37,9 +46,9 @@ def optimized(name: str, recipe: str, target: str) -> qgraph.Result:
     return qgraph.optimize(model, eager, target=target, data=data, inspect=False)
 
 
-@pytest.mark.parametrize("target", registry.names("target"))
-@pytest.mark.parametrize("recipe", PRESETS)
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    ("name", "recipe", "target"), covering(list(SHARED), list(PRESETS), registry.names("target"))
+)
 def test_codes_are_stored_once(name, recipe, target):
     result = optimized(name, recipe, target)
     found = codes(result)
