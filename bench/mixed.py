@@ -7,8 +7,10 @@ figures are KL(float || quantized) of the weights alone on held-out text, in nat
 formats to take from, and each weight in each format is solved once, by --solver with the inputs of the float model;
 --sequential solves the mixtures and what they are compared with again, with the inputs of the quantized model.
 
-The hand rule is llama.cpp's: the first and the last eighth of the blocks are one notch higher than the others.
-A mixture has to beat all formats and hand rules with fewer bits, and the smallest of each kind with at least its own.
+The hand rule is llama.cpp's: the first and the last eighth of the blocks are one notch higher than the others, a notch
+being twice the bits ("hand", where there are such), or the next of these formats ("step").
+A mixture is judged against the smallest uniform format and the smallest of both hand rules with at least its bits. What
+beats it with the fewest bits is said too.
 --spearman N: the rank correlation of predicted and measured losses over N random assignments.
 """
 
@@ -43,11 +45,14 @@ from qgraph.spec import QuantSpec  # noqa: E402
 from qgraph.spool import Spool  # noqa: E402
 
 FORMATS = (
+    "uint2.g64.asym.f16", "uint2.g32.asym.f16", "uint2.g16.asym.f16", "uint4.g128.asym.f16", "uint4.g64.asym.f16",
+    "uint4.g32.asym.f16", "uint4.g16.asym.f16", "int8.g128.f16", "int4.g64.f16", "int4.g32.f16", "int4.g16.f16",
     "uint2.g64.asym", "uint2.g32.asym", "uint2.g16.asym", "uint4.g128.asym", "uint4.g64.asym",
     "uint4.g32.asym", "uint4.g16.asym", "int8.g128", "int8.g32",
 )  # fmt: skip
 JUDGED = {"tiny-llama": 32, "tiny-gpt": 32, "stories260K": 60}  # texts that are measured
 MODELS = ("tiny-llama", "stories260K")
+KINDS = ("uniform", "hand", "step")
 
 
 def held_out(name: str) -> Iterator[dict[str, Any]]:
@@ -120,36 +125,58 @@ class Study:
             found.append([o.specs for o in item.options].index(specs))
         return found
 
-    def hand(self, text: str) -> list[int]:
-        """One notch more in the first and the last eighth of the blocks."""
-        kind, _, rest = text.partition(".")
-        wider = {
-            "uint2": f"uint4.{rest}",
-            "uint4": "int8.g32" if rest == "g32.asym" else "int8.g128",
-        }
+    def hand(self, low: str, high: str) -> list[int]:
+        """A higher format in the first and the last eighth of the blocks."""
         blocks = [int(m[1]) if (m := re.search(r"\.(\d+)\.", i.label)) else -1 for i in self.items]
         count = max(blocks) + 1
         eighth = math.ceil(count / 8)
         raised = {*range(eighth), *range(count - eighth, count)}
-        low, high = self.uniform(text), self.uniform(wider[kind])
-        return [h if b in raised else l for b, l, h in zip(blocks, low, high, strict=True)]
+        return [
+            h if b in raised else l
+            for b, l, h in zip(blocks, self.uniform(low), self.uniform(high), strict=True)
+        ]
 
-    def knapsack(self, bits: float, values: Sequence[Sequence[float]] | None = None) -> list[int]:
-        """The least predicted loss for so many bits; by other losses where they are given."""
+    def rivals(self) -> dict[str, list[int]]:
+        """What mixtures are compared with, by title: all uniform formats and hand rules."""
+        found = {f"uniform {f}": self.uniform(f) for f in FORMATS}
+        for low in FORMATS:
+            if low.startswith("uint2"):
+                high = low.replace("uint2", "uint4")
+            elif low.startswith("uint4"):
+                group = "g32" if low == "uint4.g32.asym" else "g128"
+                high = f"int8.{group}{'.f16' * low.endswith('.f16')}"
+            else:
+                continue
+            found[f"hand {low}"] = self.hand(low, high)
+        for scale in ("", ".f16"):
+            ladder = [f for f in FORMATS if "asym" in f and f.endswith(".f16") == bool(scale)]
+            ladder = [
+                *sorted(ladder, key=lambda f: self.bits(self.uniform(f))),
+                f"int8.g128{scale}",
+            ]
+            found |= {f"step {a}": self.hand(a, b) for a, b in itertools.pairwise(ladder)}
+        return found
+
+    def size(self, bits: float) -> knapsack.Limit:
         sizes = [[float(o.nbytes) for o in item.options] for item in self.items]
-        known = values or [[o.loss for o in item.options] for item in self.items]
-        found = knapsack.solve(known, [knapsack.Limit(sizes, bits * self.elements / 8)])
+        return knapsack.Limit(sizes, bits * self.elements / 8)
+
+    def knapsack(self, bits: float) -> list[int]:
+        """The least predicted loss for so many bits."""
+        values = [[o.loss for o in item.options] for item in self.items]
+        found = knapsack.solve(values, [self.size(bits)])
         assert found is not None
         return found
 
     def mixed(self, bits: float) -> tuple[list[int], swaps.Swaps]:
         """What qgraph chooses for so many bits."""
-        most = bits * self.elements / 8
+        size = self.size(bits)
         found = swaps.improve(
             self.items, self.knapsack(bits), self.seen,
-            lambda values: self.knapsack(bits, values),
-            lambda chosen: items.total(self.items, chosen) <= most,
-            len(self.items) // 2, lambda: False,
+            lambda values, chosen, moves: knapsack.solve(
+                values, [size, knapsack.moves(values, chosen, moves)]
+            ),
+            lambda: False,
         )  # fmt: skip
         return found.chosen, found
 
@@ -211,12 +238,13 @@ def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if given.spearman:
         ranks = spearman(it, given.spearman)
         print(f"{name}: {ranks}", flush=True)
-    others = {f"uniform {f}": it.uniform(f) for f in FORMATS}
-    others |= {
-        f"hand {f}": it.hand(f)
-        for f in FORMATS
-        if f.startswith(("uint2", "uint4")) and "g16" not in f
-    }
+    result = compared(it, [float(bits) for bits in given.bits.split(",")], given.sequential)
+    return result | ({"ranks": ranks} if given.spearman else {})
+
+
+def compared(it: Study, budgets: Sequence[float], sequential: bool) -> dict[str, Any]:
+    """Mixtures and their rivals."""
+    name, others = it.name, it.rivals()
     rows: dict[str, dict[str, float]] = {}
 
     def row(title: str, mixture: list[int]) -> None:
@@ -226,55 +254,53 @@ def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for title, mixture in others.items():
         row(title, mixture)
     chosen = {}
-    for bits in map(float, given.bits.split(",")):
+    for bits in budgets:
         row(f"knapsack {bits:g}", it.knapsack(bits))
-    for bits in map(float, given.bits.split(",")):
-        chosen[f"mixed {bits:g}"], found = it.mixed(bits)
-        row(f"mixed {bits:g}", chosen[f"mixed {bits:g}"])
+        mixture, found = it.mixed(bits)
+        row(f"mixed {bits:g}", mixture)
+        chosen[f"mixed {bits:g}"] = mixture
         print(f"{name:12s} {found.tried} mixtures tried, {found.taken} taken", flush=True)
-    if given.sequential:
-        for title, mixture in (others | chosen).items():
-            if title.startswith("mixed") or any(_matters(rows, title, m) for m in chosen):
-                rows[title]["sequential"] = it.sequential(mixture)
-                print(f"{name:12s} {title:26s} {rows[title]}", flush=True)
     for title, row in sorted(rows.items(), key=lambda r: r[1]["bits"]):
-        print(
-            f"{name:12s} {title:26s} " + " ".join(f"{k} {v:.4g}" for k, v in row.items()),
-            flush=True,
-        )
-    verdicts = {
-        m: verdict(rows, m, key)
-        for m in chosen
-        for key in ("kl", *["sequential"] * given.sequential)
-    }
-    for title, said in verdicts.items():
-        print(f"{name}: {title}: {said}", flush=True)
-    result: dict[str, Any] = {"rows": rows, "verdicts": verdicts}
-    return result | ({"ranks": ranks} if given.spearman else {})
+        print(f"{name:12s} {row['bits']:.3f} bits {title:26s} {row['kl']:.4g}", flush=True)
+    for title in chosen:
+        print(f"{name}: {verdict(rows, title, 'kl')}", flush=True)
+    if sequential:
+        for title in chosen:
+            for each in (title, *nearest(rows, title).values()):
+                if "sequential" not in rows[each]:
+                    rows[each]["sequential"] = it.sequential(chosen.get(each) or others[each])
+                    print(f"{name:12s} {each:26s} {rows[each]}", flush=True)
+            print(f"{name}: {verdict(rows, title, 'sequential')}", flush=True)
+    return {"rows": rows}
 
 
-def rivals(rows: Mapping[str, Mapping[str, float]], title: str) -> list[str]:
-    """All with fewer bits than a mixture, and of each kind the smallest that has at least as many."""
+def nearest(rows: Mapping[str, Mapping[str, float]], title: str) -> dict[str, str]:
+    """Of each kind the smallest rival that has at least the bits of a mixture."""
     bits = rows[title]["bits"]
-    found = []
-    for kind in ("uniform", "hand"):
-        held = sorted((r["bits"], t) for t, r in rows.items() if t.startswith(kind))
-        found += [t for b, t in held if b < bits] + [t for b, t in held if b >= bits][:1]
+    found = {}
+    for kind in KINDS:
+        held = [(r["bits"], r["kl"], t) for t, r in rows.items() if t.startswith(kind)]
+        found[kind] = min(h for h in held if h[0] >= bits)[2]
     return found
 
 
-def _matters(rows: Mapping[str, Mapping[str, float]], rival: str, title: str) -> bool:
-    """Whether a rival is near enough to be worth solving again."""
-    return rival in rivals(rows, title) and rows[rival]["kl"] < 3 * rows[title]["kl"]
-
-
 def verdict(rows: Mapping[str, Mapping[str, float]], title: str, key: str) -> str:
-    against = [t for t in rivals(rows, title) if key in rows[t]]
-    lost = [t for t in against if rows[t][key] <= rows[title][key]]
-    best = min(against, key=lambda t: rows[t][key])
-    text = f"{key} {rows[title][key]:.4g}, best of {len(against)} rivals "
-    text += f"{best} ({rows[best]['bits']:.3f} bits) {rows[best][key]:.4g}"
-    return ("beats all: " if not lost else f"loses to {', '.join(lost)}: ") + text
+    """A mixture beside its rivals, in a line."""
+    bits, kl = rows[title]["bits"], rows[title][key]
+    told = [f"{title}, {key}: {bits:.3f} bits {kl:.4g}"]
+    for rival in nearest(rows, title).values():
+        other = rows[rival]
+        said = "beats" if kl < other[key] else "LOSES TO"
+        told.append(f"{said} {rival} {other['bits']:.3f} bits {other[key]:.4g}")
+    better = [
+        (r["bits"], t)
+        for t, r in rows.items()
+        if t.startswith(KINDS) and r["bits"] >= bits and r.get(key, math.inf) <= kl
+    ]
+    if better and key == "kl":
+        more, rival = min(better)
+        told.append(f"first beaten by {rival} {more:.3f} bits {rows[rival][key]:.4g}")
+    return "; ".join(told)
 
 
 def main() -> None:
@@ -282,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--bits", default="4.5,4,3")
-    parser.add_argument("--samples", type=int, default=8, help="on which mixtures are measured")
+    parser.add_argument("--samples", type=int, default=16, help="on which mixtures are measured")
     parser.add_argument("--solver", default="round-descent")
     parser.add_argument(
         "--rounds", type=int, default=swaps.ROUNDS, help="of knapsacks with measured steps"

@@ -26,7 +26,8 @@ class Reference:
     def __init__(
         self, model: files.Source, samples: Sequence[Feeds], logits: str | Sequence[str] = ()
     ) -> None:
-        session = self._session = sessions.open_session(model)
+        self._model = model
+        session = sessions.open_session(model)
         wanted = [logits] if isinstance(logits, str) else list(logits)
         self.names = [o.name for o in session.get_outputs()]
         self.predictions = sessions.logit_outputs(session, wanted)
@@ -37,10 +38,11 @@ class Reference:
         """What the outputs of another model lose, output by output; without intervals."""
         return self.judge(sessions.open_session(model))
 
-    def judge(self, session: Any) -> tuple[OutputError, ...]:
-        """The same for a model that is open already."""
+    def judge(self, session: Any, start: int = 0, step: int = 1) -> tuple[OutputError, ...]:
+        """The same for a model that is open already; on every `step`-th sample from number `start` on."""
         meters = [OutputMeter(n, n in self.predictions) for n in self.names]
-        for feeds, kept in zip(self.samples, self._outputs, strict=True):
+        held = list(zip(self.samples, self._outputs, strict=True))
+        for feeds, kept in held[start::step]:
             got = session.run(self.names, feeds)
             for meter, x, y in zip(meters, kept, got, strict=True):
                 meter.add(x, y)
@@ -48,10 +50,10 @@ class Reference:
 
     def over(self, dataset: Iterable[Feeds], model: files.Source) -> tuple[OutputError, ...]:
         """The same over any number of samples, for which the float model runs too and nothing is kept."""
-        session = sessions.open_session(model)
+        pair = [sessions.open_session(each) for each in (self._model, model)]
         meters = [OutputMeter(n, n in self.predictions) for n in self.names]
         for feeds in dataset:
-            results = (s.run(self.names, feeds) for s in (self._session, session))
+            results = (session.run(self.names, feeds) for session in pair)
             for meter, x, y in zip(meters, *results, strict=True):
                 meter.add(x, y)
         return tuple(meter.result(None) for meter in meters)

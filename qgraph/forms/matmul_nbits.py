@@ -1,7 +1,9 @@
 """com.microsoft.MatMulNBits: ONNX Runtime's own operator for 2, 4 and 8 bit weights in blocks along K.
 
 Stored as B uint8 [N, ceil(K / block), block * bits / 8], scales [N, blocks], zero points packed like B.
-Emitting it directly saves memory at load over DequantizeLinear + MatMul, and needs no opset 21.
+Emitting it directly saves memory at load over DequantizeLinear + MatMul, and needs no opset 21. Its scales have the
+type of the activations; where float16 ones are asked for beside float32, a Cast follows them, which ONNX Runtime
+folds when it loads the file.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class MatMulNBits(Form):
         "com.microsoft.MatMulNBits (2, 4, 8 bits; int8 activations inside the kernel)"
     )
     domains: ClassVar[Mapping[str, int]] = {"com.microsoft": 1}
+    takes_half_scales: ClassVar[bool] = True
 
     def refuses(self, request: Request) -> str:
         """A 2-D weight in blocks of 16 to 256 whose reduction axis the operator sums over."""
@@ -164,7 +167,9 @@ def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> 
     key = (weight.name, "nbits", block)
     made = [
         writer.constant((*key, "B"), f"{weight.name}.codes", codes),
-        writer.constant((*key, "scales"), f"{weight.name}.scale", scales),
+        _widened(
+            writer, weight, key, writer.constant((*key, "scales"), f"{weight.name}.scale", scales)
+        ),
     ]
     if q.zero_point is not None:
         zero_point = q.zero_point
@@ -177,3 +182,24 @@ def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> 
 
         made.append(writer.constant((*key, "zero_points"), f"{weight.name}.zero_point", points))
     return made
+
+
+def _widened(
+    writer: Writer, weight: Weight, key: tuple[Hashable, ...], scale: ir.Value
+) -> ir.Value:
+    """float16 scales in the type of the activations."""
+    assert weight.value.const_value is not None
+    dtype = weight.value.const_value.dtype
+    if scale.dtype == dtype:
+        return scale
+
+    def make() -> tuple[ir.Value, ...]:
+        wide = graph.value(writer.names(f"{scale.name}.wide"), dtype, scale.shape)
+        # All uses read it, bodies too: in front of everything.
+        first = next(iter(writer.model.graph))
+        attributes = {"to": int(dtype)}
+        name = writer.names(f"{scale.name}.Cast")
+        graph.add_node(first, "Cast", [scale], [wide], name=name, attributes=attributes)
+        return (wide,)
+
+    return writer.memo((*key, "wide"), make)[0]

@@ -30,8 +30,7 @@ from qgraph.mixed.telling import Choice
 from qgraph.recipe import Recipe
 from qgraph.spool import Spool
 
-SAMPLES = 8  # on which mixtures are measured
-PAIRS = 64  # exchanges that may be tried
+SAMPLES = 16  # on which mixtures are measured
 _NEAR = 1e-4  # share of a budget that may be left over
 _AIMS = 6  # knapsacks solved until the floors just hold
 _TIGHTER = 0.9  # share of a floor that is aimed at once it was missed
@@ -291,17 +290,20 @@ class Chooser:
         self._timing |= {"ratio": found.ratio, "seconds": found.seconds}
         return found.ratio / limit.ratio if limit.ratio else found.seconds / limit.seconds
 
-    def _within(self, most: float, values: Sequence[Sequence[float]] | None = None) -> list[int]:
-        """The least loss in so many bytes; of these losses or of those of the options."""
-        known = values or [[o.loss for o in item.options] for item in self._items]
+    def _within(self, most: float) -> list[int]:
+        """The least predicted loss in so many bytes."""
+        values = [[o.loss for o in item.options] for item in self._items]
+        best = knapsack.solve(values, self._limits(most))
+        if best is None:
+            return self._fastest() if self._budget.max_latency else self._smallest()
+        return best
+
+    def _limits(self, most: float) -> list[knapsack.Limit]:
         limits = [knapsack.Limit([[float(o.nbytes) for o in i.options] for i in self._items], most)]
         if self._budget.max_latency:
             seconds = [[o.seconds for o in item.options] for item in self._items]
             limits.append(knapsack.Limit(seconds, self._most_seconds))
-        best = knapsack.solve(known, limits)
-        if best is None:
-            return self._fastest() if self._budget.max_latency else self._smallest()
-        return best
+        return limits
 
     def _improved(self, most: float) -> list[int]:
         """The least loss in so many bytes, and what measuring makes of it."""
@@ -310,12 +312,9 @@ class Chooser:
             self._items,
             self._within(most),
             self._mixtures,
-            lambda values: self._within(most, values),
-            lambda chosen: (
-                items.total(self._items, chosen) <= most
-                and self._seconds(chosen) <= self._most_seconds
+            lambda values, chosen, moves: knapsack.solve(
+                values, [*self._limits(most), knapsack.moves(values, chosen, moves)]
             ),
-            min(PAIRS, 2 * len(self._items)),
             self._is_over,
         )
         self._swaps = found
@@ -361,9 +360,6 @@ class Chooser:
 
     def _loss(self, chosen: Sequence[int]) -> float:
         return self._mixtures.loss(losses.mixture(self._items, chosen))
-
-    def _seconds(self, chosen: Sequence[int]) -> float:
-        return sum(i.options[c].seconds for i, c in zip(self._items, chosen, strict=True))
 
     def _smallest(self) -> list[int]:
         return [0] * len(self._items)

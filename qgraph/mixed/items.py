@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from qgraph import graph, weights
 from qgraph.accuracy.trials import Trials, branch
 from qgraph.calibrate import grams
@@ -18,6 +20,8 @@ from qgraph.plan import Decision
 from qgraph.recipe import FLOAT, Recipe, Rule
 from qgraph.weights import Weight
 
+_LEAST_PEAK = 2.0**-10
+"""Of weights below it, float16 scales may be so small that they are rounded more than the codes."""
 _BLOCKED = frozenset({"matmul-nbits", "gather-block"})
 
 
@@ -132,7 +136,16 @@ def _options(item: Item, taken: Mapping[str, Mapping[str, Decision]]) -> list[Op
         specs = tuple(str(d.spec) for d in decisions)
         nbytes = sum(map(stored_bytes, item.weights, decisions))
         found.setdefault(specs, Option(text, specs, nbytes))
-    return sorted(found.values(), key=lambda o: o.nbytes)
+    return sorted(_without_twins(item, found), key=lambda o: o.nbytes)
+
+
+def _without_twins(item: Item, found: Mapping[tuple[str, ...], Option]) -> Sequence[Option]:
+    """Without float32 scales where float16 ones of the same codes are there: more bytes for nothing."""
+    twins = {specs: tuple(f"{s}.f16" for s in specs) for specs in found}
+    wide = {specs for specs, half in twins.items() if half in found}
+    if wide and min(float(np.abs(w.read()).max()) for w in item.weights) < _LEAST_PEAK:
+        return list(found.values())
+    return [o for specs, o in found.items() if specs not in wide]
 
 
 def stored_bytes(weight: Weight, decision: Decision) -> int:

@@ -72,6 +72,12 @@ def solve(objective: Sequence[Sequence[float]], limits: Sequence[Limit]) -> list
     return [int(np.argmax(found.x[a:b])) for a, b in itertools.pairwise(starts)]
 
 
+def moves(objective: Sequence[Sequence[float]], chosen: Sequence[int], most: int) -> Limit:
+    """So many items at most that have other options than in a choice."""
+    rows = zip(objective, chosen, strict=True)
+    return Limit([[float(i != now) for i in range(len(v))] for v, now in rows], most)
+
+
 def _flat(values: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     return np.concatenate([np.asarray(v, np.float64) for v in values])
 

@@ -57,13 +57,14 @@ class Mixtures:
         self._folder, self._threads = folder, threads or os.cpu_count() or 1
         path = files.save(model, folder / "float.onnx", external_data=True)
         self._reference = Reference(path, samples, logits)
+        self._starts = (0, 1) if len(samples) > 1 else (0, 0)
         self._model = files.load(path)
         values = {str(v.name): v for _, v in graph.initializers(self._model)}
         self._values = {w.name: values[w.name] for w in found}
         self._weights = {w.name: w for w in found}
         self._held = dict.fromkeys(self._weights, FLOAT)
         self._solved: dict[tuple[str, str], QTensor] = {}
-        self._known: dict[frozenset[tuple[str, str]], float] = {}
+        self._known: dict[frozenset[tuple[str, str]], tuple[float, float]] = {}
 
     @property
     def measured(self) -> int:
@@ -81,6 +82,10 @@ class Mixtures:
 
     def loss(self, specs: Mapping[str, str]) -> float:
         """What the outputs lose where weights have these specs and all others are float."""
+        return sum(self.halves(specs)) / 2
+
+    def halves(self, specs: Mapping[str, str]) -> tuple[float, float]:
+        """The same on each half of the samples; twice the same where there is only one sample."""
         key = frozenset((w, s) for w, s in specs.items() if s != FLOAT)
         if key not in self._known:
             for name in self._weights:
@@ -88,7 +93,10 @@ class Mixtures:
             path = self._folder / "mixture.onnx"
             ir.save(self._model, path)
             session = sessions.open_session(str(path), threads=self._threads)
-            self._known[key] = self._judge(self._reference.judge(session))
+            first, second = (
+                self._judge(self._reference.judge(session, start, 2)) for start in self._starts
+            )
+            self._known[key] = first, second
         return self._known[key]
 
     def _put(self, name: str, spec: str) -> None:

@@ -1,10 +1,12 @@
-"""A choice made better by measuring: what one step of each item does among the others, and exchanges of two items.
+"""A choice made better by measuring what one notch of each item does among the others.
 
-    1  each item goes one option up and one down, all others staying as they are: that scales its losses anew
-    2  the knapsack is solved with them; the result is taken where it measures better, and 1 is repeated
-    3  pairs, one item up and another down, are tried most promising first, and taken where they measure better
+    1  each item goes a notch up and a notch down, all others staying as they are: that scales its losses anew
+    2  the knapsack is solved with them, at first for any number of items that change, then for half as many, and so on
+    3  the first result that measures better is taken, and all is repeated around it
 
-Nothing is ever taken that measures worse or leaves the budget.
+Losses do not add up, so what is best for the steps one by one need not be so for all at once: fewer changes are nearer
+to what was measured. One half of the samples says what to try, the other whether to take it, and they take turns:
+otherwise what merely suits a few samples would be taken. Nothing is taken that measures worse on both together.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from qgraph.mixed import losses
 from qgraph.mixed.items import Item
 from qgraph.mixed.mixtures import Mixtures
 
-ROUNDS = 3
+ROUNDS = 4
+_NOTCH = 0.7  # a notch changes the loss to that share of it at least
 _LEAST_FACTOR, _MOST_FACTOR = 0.05, 20.0
-Solve = Callable[[Sequence[Sequence[float]]], "list[int] | None"]
-Allowed = Callable[[Sequence[int]], bool]
+Solve = Callable[[Sequence[Sequence[float]], Sequence[int], int], "list[int] | None"]
+"""The knapsack for other losses, at most so many items being other than in a choice; None where there is nothing."""
 
 
 @dataclass
@@ -28,17 +31,22 @@ class Swaps:
 
     Attributes:
         chosen: the choice.
-        loss: measured.
+        halves: its losses on the halves of the samples.
         tried: mixtures that might have been taken.
         taken: how many of them were.
         notes: one line for each that was taken.
     """
 
     chosen: list[int]
-    loss: float
+    halves: tuple[float, float]
     tried: int = 0
     taken: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """On all samples."""
+        return sum(self.halves) / 2
 
 
 def improve(
@@ -46,8 +54,6 @@ def improve(
     start: Sequence[int],
     mixtures: Mixtures,
     solve: Solve,
-    is_allowed: Allowed,
-    most: int,
     is_over: Callable[[], bool],
 ) -> Swaps:
     """Make a choice better.
@@ -56,110 +62,95 @@ def improve(
         items: with losses.
         start: the choice.
         mixtures: measure.
-        solve: the knapsack for other losses.
-        is_allowed: whether a choice is within the budget.
-        most: pairs that may be tried.
+        solve: see `Solve`; it keeps to the budget.
         is_over: whether there is no time left.
     """
 
-    def measured(chosen: Sequence[int]) -> float:
-        return mixtures.loss(losses.mixture(items, chosen))
+    def measured(chosen: Sequence[int]) -> tuple[float, float]:
+        return mixtures.halves(losses.mixture(items, chosen))
 
     best = Swaps(list(start), measured(start))
-    steps: dict[tuple[int, int], float] = {}
-    for _ in range(ROUNDS):
-        steps = _steps(items, best, measured, is_over)
+    in_vain = 0
+    for turn in range(ROUNDS):
+        steps = _steps(items, best, measured, turn % 2, is_over)
         if is_over():
-            return best
-        other = solve(_rescaled(items, best.chosen, steps))
-        if other is None or other == best.chosen:
             break
+        is_better = _move(items, best, _rescaled(items, best.chosen, steps), measured, solve, turn)
+        in_vain = 0 if is_better else in_vain + 1
+        if in_vain == 2:
+            break
+    return best
+
+
+def _move(
+    items: Sequence[Item],
+    best: Swaps,
+    values: Sequence[Sequence[float]],
+    measured: Callable[[Sequence[int]], tuple[float, float]],
+    solve: Solve,
+    turn: int,
+) -> bool:
+    """Take what the knapsack finds, with fewer and fewer changes until it measures better; whether anything was."""
+    most = len(items)
+    judge = 1 - turn % 2
+    while most:
+        other = solve(values, best.chosen, most)
+        moved = [i for i, c in enumerate(other or best.chosen) if c != best.chosen[i]]
+        if other is None or not moved or sum(values[i][other[i]] for i in moved) >= 0:
+            return False
         best.tried += 1
         found = measured(other)
-        if found >= best.loss:
-            break
-        best.notes.append(f"solved again with measured steps: {best.loss:.3g} -> {found:.3g}")
-        best.chosen, best.loss, best.taken = other, found, best.taken + 1
-    _pairs(items, best, steps, measured, is_allowed, most, is_over)
-    return best
+        if found[judge] < best.halves[judge] and sum(found) < sum(best.halves):
+            before = best.loss
+            best.chosen, best.halves, best.taken = other, found, best.taken + 1
+            names = items[moved[0]].label if len(moved) == 1 else f"{len(moved)} formats"
+            best.notes.append(f"{names} changed: {before:.3g} -> {best.loss:.3g}")
+            return True
+        most = min(most, len(moved)) // 2
+    return False
 
 
 def _steps(
     items: Sequence[Item],
     best: Swaps,
-    measured: Callable[[Sequence[int]], float],
+    measured: Callable[[Sequence[int]], tuple[float, float]],
+    half: int,
     is_over: Callable[[], bool],
 ) -> dict[tuple[int, int], float]:
-    """What each item's step down (-1) and up (+1) changes."""
+    """What each item's notch up (+1) and down (-1) changes on a half of the samples, by the option that it is."""
     found: dict[tuple[int, int], float] = {}
     for place, item in enumerate(items):
-        for step in (-1, 1):
-            to = best.chosen[place] + step
-            if not 0 <= to < len(item.options) or is_over():
-                continue
+        for to in _notches(item, best.chosen[place]):
+            if is_over():
+                return found
             other = [*best.chosen[:place], to, *best.chosen[place + 1 :]]
-            found[place, step] = measured(other) - best.loss
+            found[place, to] = measured(other)[half] - best.halves[half]
     return found
+
+
+def _notches(item: Item, now: int) -> list[int]:
+    """The next options, up and down, whose loss is much another; the last ones where none is."""
+    options = item.options
+    loss = options[now].loss
+    ups = list(range(now + 1, len(options)))
+    downs = list(range(now - 1, -1, -1))
+    up = next((i for i in ups if options[i].loss <= loss * _NOTCH), ups[-1]) if ups else -1
+    down = next((i for i in downs if options[i].loss * _NOTCH >= loss), downs[-1]) if downs else -1
+    return [i for i in (up, down) if i >= 0]
 
 
 def _rescaled(
     items: Sequence[Item], chosen: Sequence[int], steps: dict[tuple[int, int], float]
 ) -> list[list[float]]:
-    """Losses relative to the choice: measured one step away, scaled like that step further off."""
+    """Losses relative to the choice: those of an item's options scaled like the notch on their side."""
     found = []
     for place, item in enumerate(items):
         now = item.options[chosen[place]].loss
-        values = []
-        for index, option in enumerate(item.options):
-            away = index - chosen[place]
-            step = 1 if away > 0 else -1
-            if away == 0 or (place, step) not in steps:
-                values.append(option.loss - now)
-                continue
-            change = item.options[chosen[place] + step].loss - now
-            factor = steps[place, step] / change if change else 1.0
-            factor = min(max(factor, _LEAST_FACTOR), _MOST_FACTOR)
-            values.append(steps[place, step] if abs(away) == 1 else factor * (option.loss - now))
+        factors = {False: 1.0, True: 1.0}
+        for to, step in ((to, s) for (p, to), s in steps.items() if p == place):
+            change = item.options[to].loss - now
+            factor = step / change if change else 1.0
+            factors[to > chosen[place]] = min(max(factor, _LEAST_FACTOR), _MOST_FACTOR)
+        values = [factors[i > chosen[place]] * (o.loss - now) for i, o in enumerate(item.options)]
         found.append(values)
     return found
-
-
-def _pairs(
-    items: Sequence[Item],
-    best: Swaps,
-    steps: dict[tuple[int, int], float],
-    measured: Callable[[Sequence[int]], float],
-    is_allowed: Allowed,
-    most: int,
-    is_over: Callable[[], bool],
-) -> None:
-    """One item up and another down, most promising first."""
-    ups = {p: d for (p, s), d in steps.items() if s == 1}
-    downs = {p: d for (p, s), d in steps.items() if s == -1}
-    order = sorted(
-        ((ups[a] + downs[b], a, b) for a in ups for b in downs if a != b),
-    )
-    singles = sorted((d, a, -1) for a, d in ups.items())
-    moved: set[int] = set()
-    tried = 0
-    for promise, up, down in sorted([*singles, *order]):
-        if tried >= most or is_over():
-            return
-        if promise >= 0 and tried >= most // 2:
-            return
-        if {up, down} & moved:
-            continue
-        other = list(best.chosen)
-        other[up] += 1
-        if down >= 0:
-            other[down] -= 1
-        if not is_allowed(other):
-            continue
-        tried += 1
-        best.tried += 1
-        found = measured(other)
-        if found < best.loss:
-            lower = f", {items[down].label} down" if down >= 0 else ""
-            best.notes.append(f"{items[up].label} up{lower}: {best.loss:.3g} -> {found:.3g}")
-            best.chosen, best.loss, best.taken = other, found, best.taken + 1
-            moved |= {up, down} - {-1}

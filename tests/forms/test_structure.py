@@ -136,6 +136,19 @@ def test_matmul_nbits(write):
     assert written.model.graph.opset_imports[""] == 17
 
 
+def test_half_scales_are_widened_once_for_all_uses(write):
+    text = (
+        "g (float[m, 64] x) => (float[m, 40] y) { a = MatMul(x, W) b = MatMul(x, W) y = Add(a, b) }"
+    )
+    written = write(MatMulNBits(), "uint4.g32.asym.f16", text, W=weight(64, 40))
+    assert written.ops() == ["Cast", "MatMulNBits", "MatMulNBits", "Add"]
+    assert written.constants() == {
+        "W.codes": ("UINT8", (40, 2, 16)),
+        "W.scale": ("FLOAT16", (40, 2)),
+        "W.zero_point": ("UINT8", (40,)),
+    }
+
+
 def test_matmul_nbits_pads_the_last_block_with_zeros_of_the_grid(write):
     written = write(MatMulNBits(), "int4.g32", MATMUL.replace("64", "60"), W=weight(60, 40))
     codes = written.model.graph.initializers["W.codes"].const_value.numpy()

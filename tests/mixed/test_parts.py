@@ -82,17 +82,19 @@ def test_an_item_that_was_not_measured_has_the_gain_of_the_nearest_of_its_shape(
 
 
 class Measured:
-    """Losses that do not add up: items 0 and 1 hurt each other when both are coarse."""
+    """Losses that do not add up: items 0 and 1 hurt each other when both are coarse.
 
-    def __init__(self, items):
-        self.items, self.count = items, 0
+    The halves of the samples agree, or the second one says that they hurt nobody.
+    """
 
-    def loss(self, specs):
-        self.count += 1
+    def __init__(self, items, agree=True):
+        self.items, self.agree = items, agree
+
+    def halves(self, specs):
         coarse = [specs[i.weights[0].name] == "a" for i in self.items]
-        return sum((0.1, 0.1, 0.15, 0.15)[i] * c for i, c in enumerate(coarse)) + 0.5 * (
-            coarse[0] and coarse[1]
-        )
+        alone = sum((0.1, 0.1, 0.15, 0.15)[i] * c for i, c in enumerate(coarse))
+        both = 0.5 * (coarse[0] and coarse[1])
+        return alone + both, alone + both * self.agree
 
 
 class Named:
@@ -111,24 +113,50 @@ def items_of(count):
     return found
 
 
+def within(items, most):
+    """The knapsack for so many bytes."""
+    sizes = [[float(o.nbytes) for o in i.options] for i in items]
+
+    def solve(values, chosen, moves):
+        return knapsack.solve(values, [Limit(sizes, most), knapsack.moves(values, chosen, moves)])
+
+    return solve
+
+
 @pytest.mark.parametrize("is_over", [False, True])
-def test_exchanges_are_taken_only_where_they_measure_better(is_over):
+def test_changes_are_taken_where_they_measure_better(is_over):
     items = items_of(4)
-    measured = Measured(items)
     start = [0, 0, 1, 1]  # what adding up says, and measuring does not
-    found = swaps.improve(
-        items, start, measured,
-        lambda values: None,
-        lambda chosen: sum(chosen) <= 2,
-        10, lambda: is_over,
-    )  # fmt: skip
+    found = swaps.improve(items, start, Measured(items), within(items, 6), lambda: is_over)
     if is_over:
-        assert found.chosen == start
+        assert found.chosen == start and not found.taken
         return
     assert sum(found.chosen) == 2 and found.chosen[:2].count(0) == 1
     assert np.isclose(found.loss, 0.25)
     assert found.taken == len(found.notes) >= 1
-    assert found.tried <= 10
+
+
+def test_a_change_that_only_one_half_of_the_samples_wants_is_not_taken():
+    items = items_of(4)
+    found = swaps.improve(
+        items, [0, 0, 1, 1], Measured(items, agree=False), within(items, 6), lambda: False
+    )
+    assert found.chosen == [0, 0, 1, 1] and found.tried and not found.taken
+
+
+def test_fewer_changes_at_a_time_where_many_do_not_help():
+    items = items_of(4)
+    found = swaps.improve(items, [1, 1, 0, 0], Measured(items), within(items, 6), lambda: False)
+    # One for one costs 0.25. Two for two would look better still, and costs 0.7.
+    assert np.isclose(found.loss, 0.25)
+    assert found.tried > found.taken == 1
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 4])
+def test_so_many_items_change_at_most(most):
+    losses_of = [[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]
+    found = knapsack.solve(losses_of, [knapsack.moves(losses_of, [0, 0, 0, 0], most)])
+    assert found == [0, int(most > 2), int(most > 1), int(most > 0)]
 
 
 def test_importing_does_not_load_scipy():

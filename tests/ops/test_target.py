@@ -227,9 +227,11 @@ def test_a_tied_model_shares_its_table():
 def test_half_scales_go_with_float_activations_only_where_a_form_takes_them():
     w = np.random.default_rng(0).standard_normal((256, 128)).astype(np.float32)
     recipe = {"rules": [{"weights": ["int4.g32.f16", "int4.g32"]}]}
-    (entry,) = qgraph.optimize(matmul(w), recipe=recipe, target="ort").report.ledger
+    (entry,) = qgraph.optimize(matmul(w), recipe=recipe, target="onnx").report.ledger
     assert entry.spec == "int4.g32.sym"
     assert "float32" in entry.reason
+    (entry,) = qgraph.optimize(matmul(w), recipe=recipe, target="ort").report.ledger
+    assert entry.spec == "int4.g32.sym.f16" and entry.forms == ["matmul-nbits"]
 
 
 def test_rows_of_zeros_and_of_infinities():
