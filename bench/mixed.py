@@ -46,7 +46,8 @@ from qgraph.spool import Spool  # noqa: E402
 
 FORMATS = (
     "uint2.g64.asym.f16", "uint2.g32.asym.f16", "uint2.g16.asym.f16", "uint4.g128.asym.f16", "uint4.g64.asym.f16",
-    "uint4.g32.asym.f16", "uint4.g16.asym.f16", "int8.g128.f16", "int4.g64.f16", "int4.g32.f16", "int4.g16.f16",
+    "uint4.g32.asym.f16", "uint4.g16.asym.f16", "int8.g128.f16", "int4.g256.f16", "int4.g128.f16", "int4.g64.f16",
+    "int4.g32.f16", "int4.g16.f16",
     "uint2.g64.asym", "uint2.g32.asym", "uint2.g16.asym", "uint4.g128.asym", "uint4.g64.asym",
     "uint4.g32.asym", "uint4.g16.asym", "int8.g128", "int8.g32",
 )  # fmt: skip

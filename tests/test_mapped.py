@@ -12,7 +12,8 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qgraph import errors, files, mapped
+from qgraph import errors, files, mapped, runtime
+from qgraph.runtime import sessions
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(31)
@@ -124,3 +125,31 @@ def test_a_weight_of_another_size_than_its_shape_is_refused(tmp_path: Path) -> N
     made.graph.initializer[0].dims[0] = 299
     with pytest.raises(errors.InputError, match=r"QG102.*tensor 'w' has 307200 bytes"):
         files.load(saved(made, tmp_path / "m.onnx"))
+
+
+def test_sessions_over_large_models_read_weights_from_the_mapped_file(tmp_path, monkeypatch):
+    """Packed copies would be memory that cannot be given back."""
+    size = 32 << 20
+    w = np.random.default_rng(0).standard_normal((1024, size // 4096)).astype(np.float32)
+    text = f"g (float[m, 1024] x) => (float[m, {w.shape[1]}] y) {{ y = MatMul(x, W) }}"
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 17]>\n{text}')
+    proto.graph.initializer.append(ir.to_proto(ir.tensor(w, name="W")))
+    path = files.save(ir.from_proto(proto), tmp_path / "m.onnx", external_data=True)
+    assert runtime.mapped_weights(files.file_bytes(path)) == {}
+
+    def anonymous(config):
+        before = _anonymous()
+        session = runtime.session(path, threads=1, config=config)
+        grown = _anonymous() - before
+        return grown, session.run(None, {"x": w[:, :1].T})[0]
+
+    packed, expected = anonymous({})
+    monkeypatch.setattr(sessions, "LARGE", size)
+    mapped, found = anonymous(runtime.mapped_weights(files.file_bytes(path)))
+    assert packed > 0.9 * size > 5 * mapped
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def _anonymous():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split()[0]) << 10

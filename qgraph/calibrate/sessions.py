@@ -30,7 +30,9 @@ class Bench:
         self._origin = origin
         self._folder = folder
         self._count = 0
-        self._base = files.load(files.save(model, folder / "model.onnx", external_data=True))
+        saved = files.save(model, folder / "model.onnx", external_data=True)
+        self._base = files.load(saved)
+        self._config = _CONFIG | runtime.mapped_weights(files.file_bytes(saved))
         mapped.release(model)
         known = types.infer(self._base)
         for each in graph.graphs(self._base):
@@ -108,7 +110,7 @@ class Bench:
             path,
             threads=self.threads,
             accuracy_level=1,
-            config=_CONFIG,
+            config=self._config,
             custom_ops=custom_ops or None,
             # A value is counted as soon as it is there, and its memory is free after its last use.
             in_file_order=True,

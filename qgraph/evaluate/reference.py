@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qgraph import files
@@ -18,16 +18,21 @@ class Reference:
         model: the float model.
         samples: feeds; they and the outputs for them stay in memory.
         logits: outputs that hold predictions, as for `evaluate.compare`.
+        config: entries for its sessions.
 
     Raises:
         errors.InputError: QG121 where a named output does not exist.
     """
 
     def __init__(
-        self, model: files.Source, samples: Sequence[Feeds], logits: str | Sequence[str] = ()
+        self,
+        model: files.Source,
+        samples: Sequence[Feeds],
+        logits: str | Sequence[str] = (),
+        config: Mapping[str, str] | None = None,
     ) -> None:
-        self._model = model
-        session = sessions.open_session(model)
+        self._model, self._config = model, config
+        session = sessions.open_session(model, config=config)
         wanted = [logits] if isinstance(logits, str) else list(logits)
         self.names = [o.name for o in session.get_outputs()]
         self.predictions = sessions.logit_outputs(session, wanted)
@@ -50,7 +55,8 @@ class Reference:
 
     def over(self, dataset: Iterable[Feeds], model: files.Source) -> tuple[OutputError, ...]:
         """The same over any number of samples, for which the float model runs too and nothing is kept."""
-        pair = [sessions.open_session(each) for each in (self._model, model)]
+        first = sessions.open_session(self._model, config=self._config)
+        pair = first, sessions.open_session(model)
         meters = [OutputMeter(n, n in self.predictions) for n in self.names]
         for feeds in dataset:
             results = (session.run(self.names, feeds) for session in pair)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qgraph import errors, files, runtime
@@ -13,12 +13,16 @@ FLOAT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfl
 
 
 def open_session(
-    model: files.Source, *, threads: int = 1, profile: str | os.PathLike[str] | None = None
+    model: files.Source,
+    *,
+    threads: int = 1,
+    profile: str | os.PathLike[str] | None = None,
+    config: Mapping[str, str] | None = None,
 ) -> Any:
     """An ONNX Runtime session on the CPU, with qgraph's operators where they are installed."""
     if isinstance(model, str) and model.startswith("zoo:"):
         model = files.load(model)
-    return runtime.session(model, threads=threads, profile=profile)
+    return runtime.session(model, threads=threads, profile=profile, config=config)
 
 
 def logit_outputs(session: Any, wanted: Sequence[str]) -> list[str]:

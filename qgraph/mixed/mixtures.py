@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import files, graph
+from qgraph import files, graph, runtime
 from qgraph.data import Feeds
 from qgraph.evaluate import sessions
 from qgraph.evaluate.comparison import OutputError
@@ -56,7 +56,8 @@ class Mixtures:
         self._judge = judge
         self._folder, self._threads = folder, threads or os.cpu_count() or 1
         path = files.save(model, folder / "float.onnx", external_data=True)
-        self._reference = Reference(path, samples, logits)
+        self._config = runtime.mapped_weights(files.file_bytes(path))
+        self._reference = Reference(path, samples, logits, self._config)
         self._starts = (0, 1) if len(samples) > 1 else (0, 0)
         self._model = files.load(path)
         values = {str(v.name): v for _, v in graph.initializers(self._model)}
@@ -92,7 +93,7 @@ class Mixtures:
                 self._put(name, specs.get(name, FLOAT))
             path = self._folder / "mixture.onnx"
             ir.save(self._model, path)
-            session = sessions.open_session(str(path), threads=self._threads)
+            session = sessions.open_session(str(path), threads=self._threads, config=self._config)
             first, second = (
                 self._judge(self._reference.judge(session, start, 2)) for start in self._starts
             )

@@ -64,7 +64,8 @@ def _int4(group: int, solver: str = "rtn") -> Rule:
 
 # Scales of float16 lose nothing and take half of the bytes: with them the steps between formats are fine.
 _HALVES = (
-    "uint2.g64.asym.f16", "uint2.g32.asym.f16", "uint2.g16.asym.f16", "int4.g64.f16", "uint4.g64.asym.f16",
+    "uint2.g64.asym.f16", "uint2.g32.asym.f16", "uint2.g16.asym.f16", "int4.g256.f16", "int4.g128.f16",
+    "int4.g64.f16", "uint4.g64.asym.f16",
     "int4.g32.f16", "uint4.g32.asym.f16", "uint4.g16.asym.f16", "int8.g128.f16",
 )  # fmt: skip
 

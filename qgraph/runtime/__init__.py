@@ -6,6 +6,6 @@ Importing this is cheap: ONNX Runtime and the libraries beside it load on first 
 from qgraph.runtime.capability import capabilities
 from qgraph.runtime.checks import Check, doctor
 from qgraph.runtime.library import library_path
-from qgraph.runtime.sessions import session
+from qgraph.runtime.sessions import mapped_weights, session
 
-__all__ = ["Check", "capabilities", "doctor", "library_path", "session"]
+__all__ = ["Check", "capabilities", "doctor", "library_path", "mapped_weights", "session"]

@@ -29,6 +29,7 @@ _LEVELS = {
     "basic": "ORT_ENABLE_BASIC",
     "off": "ORT_DISABLE_ALL",
 }
+LARGE = 512 << 20  # bytes of weights
 # A part of what ONNX Runtime says, and what a person can do about it.
 _HINTS = (
     ("Domain already set", "the session registers qgraph's operators itself; register them once"),
@@ -103,6 +104,15 @@ def session(
         if domains & set(EXTENSION_DOMAINS):
             options.register_custom_ops_library(_extensions_path(where))
         return onnxruntime.InferenceSession(given, options, providers=list(providers))
+
+
+def mapped_weights(nbytes: int) -> dict[str, str]:
+    """Entries for sessions over a float model with so many bytes of weights in a file beside it.
+
+    Kernels of large models read the mapped file: copies packed for them would be as large again, and no page of them
+    could be given back. Not for quantized models: an unpacked MatMulNBits computes in float.
+    """
+    return {"session.disable_prepacking": "1"} if nbytes > LARGE else {}
 
 
 def _require_providers(providers: Sequence[str]) -> None:
