@@ -21,6 +21,12 @@ STATIC_PIPELINE = (
     "cleanup",
 )
 
+TUNED_PIPELINE = (
+    *DEFAULT_PIPELINE[: DEFAULT_PIPELINE.index("solve-weights") + 1],
+    "tune",
+    *DEFAULT_PIPELINE[DEFAULT_PIPELINE.index("solve-weights") + 1 :],
+)
+
 _KIND_OPS = {
     "linear": ("MatMul", "Gemm"),
     "conv": ("Conv", "ConvTranspose"),
@@ -155,6 +161,33 @@ PRESETS: dict[str, Recipe] = {
             name="int4-gptq",
             summary="as int4, rounded so that errors cancel on the samples of --data (gptq, then coordinate descent)",
             rules=(*_TABLES, _int4(32, "round-descent"), *_REST),
+        ),
+        Recipe(
+            name="int4-tuned",
+            summary="as int4-gptq, then all weights tuned together by gradients (tune): for models of up to 100 MB",
+            pipeline=TUNED_PIPELINE,
+            options={"tune": {"written": 256}},
+            rules=(*_TABLES, _int4(32, "round-descent"), *_REST),
+        ),
+        Recipe(
+            name="int2-tuned",
+            summary="as int4-tuned in 2 bits, the most sensitive 9 % in 4: the smallest, and the most lossy",
+            pipeline=TUNED_PIPELINE,
+            options={"tune": {"written": 256}},
+            rules=(
+                *_TABLES,
+                _rule(
+                    "linear",
+                    "uint2.g32.asym",
+                    "uint4.g32.asym",
+                    "int8.ch",
+                    FLOAT,
+                    sensitive="uint4.g32.asym",
+                    sensitive_share=0.09,
+                    solver="round-descent",
+                ),
+                *_REST,
+            ),
         ),
         Recipe(
             name="int4-awq",

@@ -1,0 +1,172 @@
+"""tune: codes, scales and zero points of all weights move together until the model's outputs are closest to float.
+
+Solvers see one layer at a time. What errors of different layers do together, and what a later layer could make up for,
+only gradients through the whole model say: at 4 bits that is little, at 2 bits it is most of the loss
+(docs/notes/tune.md). No label is needed: the float model says what is right, of given samples and of samples that it
+writes itself. Whether it helps is judged on given samples that are held out; where it does not, weights stay as they
+were solved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from qgraph import data, errors, graph, numerics, opset, weights
+from qgraph.calibrate.simulate import Simulated, simulate
+from qgraph.data import Feeds
+from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
+from qgraph.registry import register
+from qgraph.spool import Packed
+from qgraph.tuning.descent import Schedule, Tuned, Tuner
+from qgraph.tuning.latent import Latent
+from qgraph.tuning.written import Writer
+from qgraph.weights import Weight
+
+_OPSET = 13  # before it, Softmax and the axes of others are other operators
+_LEAST = 2
+
+
+@register
+class Tune(Pass):
+    """Move quantized weights by gradients of what the outputs lose."""
+
+    name = "tune"
+    needs = frozenset({Fact.CANONICAL, Fact.PLAN, Fact.SOLVED})
+    keeps = Keeps.BIT_EXACT
+
+    class Options(PassOptions):
+        """How long, how fast, on which samples."""
+
+        epochs: int = Field(12, ge=1)
+        """How often each sample is seen."""
+        batch: int = Field(4, ge=1)
+        """Samples per step."""
+        code_rate: float = Field(0.01, gt=0)
+        """The largest step of a code or zero point, in codes; it falls to 0 in the course of the epochs."""
+        scale_rate: float = Field(0.002, gt=0)
+        """The largest step of a scale, relative to it; it falls likewise."""
+        samples: int = Field(256, ge=_LEAST)
+        """How many of the given samples are used, the first ones; they stay in memory."""
+        written: int = Field(0, ge=0)
+        """How many more samples the float model writes itself, where it is a language model (a decoder)."""
+        held_out: int = Field(8, ge=1)
+        """One of so many given samples judges and does not teach."""
+        outputs: tuple[str, ...] = ()
+        """Outputs that hold logits or probabilities; by default those with such names."""
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Replace what `ctx.plan.solved` holds."""
+        options = self.options_as(Tune.Options)
+        found = [w for w in weights.find(model) if w.name in ctx.plan.solved]
+        if not found:
+            return False
+        _require_float32(found)
+        held, taught = _samples(model, options, ctx)
+        simulated = _simulated(model, ctx)
+        latents = {w.name: Latent(w, ctx.plan.solved[w.name]) for w in found}
+        tuner = Tuner(simulated, latents, options.outputs, ctx.threads)
+        rng = np.random.default_rng(ctx.recipe.seed)
+        if options.written:
+            taught = [*taught, *_written(tuner, [*held, *taught], options.written, rng, ctx)]
+        schedule = Schedule(options.epochs, options.batch, options.code_rate, options.scale_rate)
+        tuned = tuner.tune(taught, held, schedule, rng, ctx.progress)
+        _tell(tuned, len(held), tuner, ctx)
+        if tuned.kept:
+            for weight in found:
+                _keep(weight, latents[weight.name], ctx)
+        return False
+
+
+def _samples(
+    model: ir.Model, options: Tune.Options, ctx: Context
+) -> tuple[list[Feeds], list[Feeds]]:
+    """Those that judge, and those that teach."""
+    if ctx.data is None:
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG131", "pass tune", "needs samples on which outputs are compared", errors.GIVE_SAMPLES
+            )
+        )  # fmt: skip
+    if not isinstance(ctx.data, data.Dataset):
+        ctx.data = data.load(ctx.data, data.inputs_of(model))
+        ctx.diagnostics.extend(ctx.data.notes)
+    given = list(islice(iter(ctx.data), options.samples))
+    if len(given) < _LEAST:
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG411", "pass tune", "has a single sample: one has to teach, another to judge",
+                "give 2 at least; 64 and more are usual",
+            )
+        )  # fmt: skip
+    held = given[:: options.held_out]
+    taught = [each for i, each in enumerate(given) if i % options.held_out]
+    # Where each would judge, the last one teaches.
+    return (held, taught) if taught else (held[:-1], held[-1:])
+
+
+def _simulated(model: ir.Model, ctx: Context) -> Simulated:
+    """The model with the roundings of activations, in an opset whose operators have rules."""
+    if graph.opset(model) < _OPSET:
+        raised = graph.clone(model)
+        opset.raise_opset(raised, _OPSET)
+        model = raised
+    return simulate(model, ctx.plan, ctx.target)
+
+
+def _written(
+    tuner: Tuner, given: Sequence[Feeds], count: int, rng: np.random.Generator, ctx: Context
+) -> list[Feeds]:
+    """Samples that the float model writes, if it can."""
+    if len(tuner.predictions) != 1:
+        obstacle = f"it has {len(tuner.predictions) or 'no'} outputs with predictions"
+    else:
+        writer = Writer(tuner.teacher, tuner.predictions[0], given)
+        obstacle = writer.obstacle()
+    if obstacle:
+        message = f"the float model cannot write samples: {obstacle}"
+        hint = "only the given ones are used; give more, or options.tune.written = 0"
+        ctx.report("warning", "QG412", "pass tune", message, hint)
+        return []
+    return writer.write(count, rng, ctx.progress)
+
+
+def _tell(tuned: Tuned, held: int, tuner: Tuner, ctx: Context) -> None:
+    """What it came to."""
+    kind = "KL divergence" if tuner.predictions else "share of noise"
+    begin, end = tuned.losses[0], tuned.losses[tuned.kept]
+    if tuned.kept:
+        message = f"{kind} of {held} held-out samples from {begin:.4g} to {end:.4g}"
+        ctx.report("note", "QG413", "pass tune", message)
+    else:
+        message = f"no epoch made {held} held-out samples better than {kind} {begin:.4g}: weights stay as solved"
+        hint = "more samples, or a smaller options.tune.code_rate"
+        ctx.report("warning", "QG413", "pass tune", message, hint)
+
+
+def _keep(weight: Weight, latent: Latent, ctx: Context) -> None:
+    q = latent.result()
+    w = np.asarray(weight.read(), np.float32)
+    error = numerics.squared_error(w, q)
+    power = float(np.square(w, dtype=np.float64).sum())
+    sqnr = 10 * math.log10(power / error) if power and error else math.inf
+    ctx.records.setdefault(weight.name, {}).update(squared_error=error, sqnr_db=sqnr)
+    ctx.plan.solved[weight.name] = Packed(q, ctx.spool)
+
+
+def _require_float32(found: Sequence[Weight]) -> None:
+    wrong = [
+        errors.Diagnostic(
+            "error", "QG411", w.label, f"is {w.value.const_value.dtype.name}; gradients need float32",
+            "convert the model to float32, or leave pass tune out of the pipeline",
+        )
+        for w in found
+        if w.value.const_value is not None and w.value.const_value.dtype != ir.DataType.FLOAT
+    ]  # fmt: skip
+    if wrong:
+        raise errors.InputError(*wrong)

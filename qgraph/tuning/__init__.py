@@ -1,0 +1,1 @@
+"""Tuning quantized weights against the float model's outputs, with gradients through the whole model."""
