@@ -63,14 +63,22 @@ class Tune(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Replace what `ctx.plan.solved` holds."""
         options = self.options_as(Tune.Options)
-        found = [w for w in weights.find(model) if w.name in ctx.plan.solved]
+        solved = [w for w in weights.find(model) if w.name in ctx.plan.solved]
+        found = [w for w in solved if _can_move(w, model)]
         if not found:
+            if solved:
+                _tell_left(solved, [], ctx)
             return False
-        _require_float32(found)
         held, taught = _samples(model, options, ctx)
         simulated = _simulated(model, ctx)
         latents = {w.name: Latent(w, ctx.plan.solved[w.name]) for w in found}
+        _fix(simulated.model, [w for w in solved if w not in found], ctx)
         tuner = Tuner(simulated, latents, options.outputs, ctx.threads)
+        moved = [w for w in found if w.name in tuner.tape.reached]
+        if len(moved) < len(solved):
+            _tell_left([w for w in solved if w not in moved], tuner.tape.stops, ctx)
+        if not moved:
+            return False
         rng = np.random.default_rng(ctx.recipe.seed)
         if options.written:
             taught = [*taught, *_written(tuner, [*held, *taught], options.written, rng, ctx)]
@@ -78,7 +86,7 @@ class Tune(Pass):
         tuned = tuner.tune(taught, held, schedule, rng, ctx.progress)
         _tell(tuned, len(held), tuner, ctx)
         if tuned.kept:
-            for weight in found:
+            for weight in moved:
                 _keep(weight, latents[weight.name], ctx)
         return False
 
@@ -159,14 +167,29 @@ def _keep(weight: Weight, latent: Latent, ctx: Context) -> None:
     ctx.plan.solved[weight.name] = Packed(q, ctx.spool)
 
 
-def _require_float32(found: Sequence[Weight]) -> None:
-    wrong = [
-        errors.Diagnostic(
-            "error", "QG411", w.label, f"is {w.value.const_value.dtype.name}; gradients need float32",
-            "convert the model to float32, or leave pass tune out of the pipeline",
+def _can_move(weight: Weight, model: ir.Model) -> bool:
+    """It is of float32, and in the main graph: gradients of float16 would underflow, and bodies have no rules."""
+    held = weight.value.const_value
+    is_outside = model.graph.initializers.get(weight.name) is weight.value
+    return held is not None and held.dtype == ir.DataType.FLOAT and is_outside
+
+
+def _fix(model: ir.Model, fixed: Sequence[Weight], ctx: Context) -> None:
+    """Give weights that do not move the values that their codes mean."""
+    values = {str(v.name): v for _, v in graph.initializers(model)}
+    for weight in fixed:
+        array = weight.matrix.back(ctx.plan.solved[weight.name].dequantize(), weight.dims)
+        value = values[weight.name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(
+            array.astype(value.const_value.dtype.numpy()), name=value.name
         )
-        for w in found
-        if w.value.const_value is not None and w.value.const_value.dtype != ir.DataType.FLOAT
-    ]  # fmt: skip
-    if wrong:
-        raise errors.InputError(*wrong)
+
+
+def _tell_left(left: Sequence[Weight], stops: Sequence[ir.Node], ctx: Context) -> None:
+    """Which weights stay as they were solved, and why."""
+    kinds = sorted({n.op_type for n in stops})
+    reason = f"no gradient passes {', '.join(kinds)}" if kinds else "not float32, or in a body"
+    names = ", ".join(w.label for w in left[:3]) + (", ..." if len(left) > 3 else "")
+    message = f"{len(left)} weights stay as they were solved ({names}): {reason}"
+    ctx.report("note", "QG410", "pass tune", message)

@@ -187,10 +187,10 @@ def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> 
 def _widened(
     writer: Writer, weight: Weight, key: tuple[Hashable, ...], scale: ir.Value
 ) -> ir.Value:
-    """float16 scales in the type of the activations."""
+    """float16 scales in the type of the activations; those that arrived with codes have it already."""
     assert weight.value.const_value is not None
     dtype = weight.value.const_value.dtype
-    if scale.dtype == dtype:
+    if scale.dtype == dtype or dtype not in graph.FLOATS:
         return scale
 
     def make() -> tuple[ir.Value, ...]:

@@ -39,7 +39,7 @@ def _attention(site: Site, g: Gradients) -> Gradients:
     """Of y = softmax(c(q kᵀ scale) + mask) v, c being the soft cap; what reads a shared head adds up.
 
     Raises:
-        errors.InputError: QG410 for what has no rule yet: lengths of padded caches, windows, other precisions.
+        errors.InputError: QG410 for what has no rule yet: lengths of padded caches, windows, masks that weights decide.
     """
     _require_plain(site)
     q, k, v = (site.x[i] for i in range(3))

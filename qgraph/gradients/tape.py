@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qgraph import errors, graph, runtime
+from qgraph import graph, runtime
 from qgraph.gradients.rules import RULES, Array, Site
 
 # Threads that spin between runs would take the processor from the way back.
@@ -26,15 +26,17 @@ class Tape:
     The weights become inputs of the session, so that other values are a feed and not another session. Memory: all
     values between the weights and the outputs, of one sample at a time.
 
+    Attributes:
+        outputs: names of the model's outputs.
+        stops: operators that gradients do not pass, because there is no rule for them.
+        reached: the weights that gradients reach; those that stand before a stop only are not among them.
+
     Args:
         model: left unchanged; its opset is 13 at least.
-        weights: names of initializers to differentiate by.
+        weights: names of initializers of the main graph to differentiate by, float32.
         origins: value → the value that it rounds, by name: gradients pass from one to the other as if they were the
             same (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
         threads: of ONNX Runtime; 0 is one per core.
-
-    Raises:
-        errors.InputError: QG410 where an operator on the way has no rule.
     """
 
     def __init__(
@@ -49,7 +51,10 @@ class Tape:
         self._origins = dict(origins or {})
         values = {str(v.name): v for _, v in graph.initializers(copy)}
         self._weights = [values[name] for name in weights]
+        self.stops: list[ir.Node] = []
         self._way = self._find_way(copy)
+        read = {v for node in self._way for v in node.inputs}
+        self.reached = tuple(str(v.name) for v in self._weights if v in read)
         self._constants = _constants(self._way, {v.name for v in self._weights})
         for v in self._weights:
             held = v.const_value
@@ -60,7 +65,9 @@ class Tape:
             if v not in copy.graph.inputs:
                 copy.graph.inputs.append(v)
         self._fetched = self._keep(copy)
-        self._session = runtime.session(copy, threads=threads or None, config=_CONFIG)
+        self._session = runtime.session(
+            copy, threads=threads or None, optimize="basic", config=_CONFIG
+        )
 
     def _find_way(self, model: ir.Model) -> list[ir.Node]:
         """The nodes between the weights and the outputs, in order."""
@@ -86,7 +93,8 @@ class Tape:
                     needed.update(named[self._origins[str(o.name)]] for o in rounded)
                     continue
                 if node.domain not in ("", "ai.onnx") or node.op_type not in RULES:
-                    raise _no_rule(node)
+                    self.stops.append(node)
+                    continue
                 way.append(node)
                 needed.update(v for v in node.inputs if v is not None)
         self._active = depends
@@ -137,7 +145,7 @@ class Tape:
                 if v is not None and dx is not None and v in self._active:
                     name = str(v.name)
                     add(self._origins.get(name, name), dx)
-        return {str(v.name): gradients[str(v.name)] for v in self._weights if v.name in gradients}
+        return {name: gradients[name] for name in self.reached if name in gradients}
 
 
 class Run:
@@ -163,12 +171,3 @@ def _constants(way: Sequence[ir.Node], weights: set[str | None]) -> dict[str, Ar
         if v is not None and v.name not in weights and graph.is_constant(v):
             found[str(v.name)] = graph.array(v)
     return found
-
-
-def _no_rule(node: ir.Node) -> errors.InputError:
-    label = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    message = (
-        f"there is no rule for gradients through {label}, which stands between weights and outputs"
-    )
-    hint = "leave pass tune out of the recipe's pipeline for this model"
-    return errors.InputError(errors.Diagnostic("error", "QG410", graph.where(node), message, hint))

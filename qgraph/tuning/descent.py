@@ -59,6 +59,7 @@ class Tuner:
     """All of a model's quantized weights, and the model on tape.
 
     Attributes:
+        tape: the model on tape.
         predictions: outputs that hold predictions.
         teacher: a session of the float model.
 
@@ -69,14 +70,16 @@ class Tuner:
         threads: of ONNX Runtime; 0 is one per core.
 
     Raises:
-        errors.InputError: QG121 where a named output does not exist, QG410 where an operator has no rule.
+        errors.InputError: QG121 where a named output does not exist.
     """
 
     def __init__(
         self, simulated: Simulated, latents: dict[str, Latent], outputs: Sequence[str], threads: int
     ) -> None:
-        self._tape = Tape(simulated.model, list(latents), simulated.origins, threads)
-        self.teacher = runtime.session(simulated.plain(), threads=threads or None, config=_CONFIG)
+        self.tape = Tape(simulated.model, list(latents), simulated.origins, threads)
+        self.teacher = runtime.session(
+            simulated.plain(), threads=threads or None, optimize="basic", config=_CONFIG
+        )
         self._latents = latents
         self.predictions = sessions.logit_outputs(self.teacher, outputs)
         floats = [o.name for o in self.teacher.get_outputs() if o.type in sessions.FLOAT_TYPES]
@@ -132,7 +135,7 @@ class Tuner:
     def _judge(
         self, feeds: Feeds, weights: dict[str, Array]
     ) -> tuple[Any, dict[str, tuple[float, Array]]]:
-        run = self._tape.run(feeds, weights)
+        run = self.tape.run(feeds, weights)
         wanted = self.teacher.run(self._outputs, feeds)
         found = {}
         for name, y in zip(self._outputs, wanted, strict=True):

@@ -30,8 +30,16 @@ def recipe(spec="uint2.g32.asym", **tune):
     }
 
 
+def untuned():
+    """The same without the pass."""
+    made = recipe()
+    made["pipeline"].remove("tune")
+    del made["options"]
+    return made
+
+
 def optimize(model, data, **options):
-    """A result for the target onnx, which runs anywhere."""
+    """A tuned result."""
     target = options.pop("target", "ort")
     return qgraph.optimize(model, recipe(**options), target=target, data=data, threads=1)
 
@@ -49,10 +57,7 @@ def test_tuned_weights_are_closer_on_other_text():
     data = tokens()
     tuned = optimize("zoo:tiny-gpt", data, epochs=6)
     assert finding(tuned).severity == "note"
-    plain = recipe()
-    plain["pipeline"].remove("tune")
-    del plain["options"]
-    solved = qgraph.optimize("zoo:tiny-gpt", plain, target="ort", threads=1)
+    solved = qgraph.optimize("zoo:tiny-gpt", untuned(), target="ort", threads=1)
     other = models.eval_tokens("tiny-gpt")[4096 : 4096 + 8 * LENGTH]
     before, after = (
         evaluate.divergence("zoo:tiny-gpt", r.model, other, LENGTH).divergence.kl_mean.value
@@ -69,10 +74,7 @@ def test_what_does_not_help_is_not_kept():
     """Steps far too large make everything worse: the result is that of the solvers, and the report says so."""
     made = optimize("zoo:tiny-gpt", tokens(), code_rate=4.0, scale_rate=1.0, epochs=1)
     assert finding(made).severity == "warning" and "stay as solved" in finding(made).message
-    plain = recipe()
-    plain["pipeline"].remove("tune")
-    del plain["options"]
-    solved = qgraph.optimize("zoo:tiny-gpt", plain, target="ort", threads=1)
+    solved = qgraph.optimize("zoo:tiny-gpt", untuned(), target="ort", threads=1)
     for name, value in solved.model.graph.initializers.items():
         held = made.model.graph.initializers[name]
         np.testing.assert_array_equal(graph.array(held), graph.array(value))
@@ -125,11 +127,21 @@ def test_bad_input_is_told():
     with pytest.raises(errors.InputError, match="QG411.*single sample"):
         optimize(network(), rows(1))
 
-    def rounding(b, h):
-        return b.op("Mod", h, b.number("one", 1.0), fmod=1)
 
-    with pytest.raises(errors.InputError, match="QG410.*no rule"):
-        optimize(network(rounding), rows())
+def test_weights_behind_what_has_no_rule_stay():
+    """The first layer's weight is the solver's, the second one is tuned."""
+    made = optimize(
+        network(lambda b, h: b.op("Mod", h, b.number("ten", 10), fmod=1)), rows(), epochs=4
+    )
+    left = finding(made, "QG410")
+    assert "1 weights stay" in left.message and "no gradient passes Mod" in left.message
+    solved = qgraph.optimize(network(), untuned(), target="ort", threads=1)
+    same = [
+        np.array_equal(graph.array(made.model.graph.initializers[n]), graph.array(v))
+        for n, v in sorted(solved.model.graph.initializers.items())
+        if "scale" in n
+    ]
+    assert sorted(same) == [False, True]
 
 
 def test_gradients_of_a_whole_model():
