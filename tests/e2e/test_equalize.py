@@ -1,7 +1,11 @@
-"""One scale per weight tensor on a real depthwise net: it collapses, and does not once channels are evened out."""
+"""One scale per weight tensor on a real depthwise net: it collapses, and does not once channels are evened out.
+
+QGRAPH_FULL=1 tells what evening out and what the bias corrections do of that.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -17,6 +21,7 @@ from qgraph.recipe import PRESETS
 sys.path.insert(0, str(Path(__file__).parent))
 import real_data
 
+FULL = os.environ.get("QGRAPH_FULL") == "1"
 TENSOR = PRESETS["int8-tensor"]
 
 
@@ -43,7 +48,8 @@ def test_mobilenet_with_one_scale_per_weight(tmp_path):
     model = onnxruntime.InferenceSession(str(path))
     expected = model.run(None, {"input": images[32:]})[0]
     agreement, sqnr = {}, {}
-    for out in ((), ("equalize",), ("correct-bias",), ("equalize", "correct-bias")):
+    one = (("equalize",), ("correct-bias",)) if FULL else ()
+    for out in ((), ("equalize", "correct-bias"), *one):
         output = tmp_path / f"{len(out)}{''.join(out)}.onnx"
         result = qgraph.optimize(path, without(*out), data=samples, output=output)
         assert result.report.integer_macs is not None and result.report.integer_macs >= 0.95
@@ -52,6 +58,9 @@ def test_mobilenet_with_one_scale_per_weight(tmp_path):
         agreement[out] = float(np.mean(got.argmax(axis=1) == expected.argmax(axis=1)))
         sqnr[out] = numerics.sqnr_db(expected, got)
     assert agreement["equalize", "correct-bias"] < 0.5
-    assert agreement["correct-bias",] > 0.78 and agreement[()] > 0.78
-    assert sqnr[()] > sqnr["equalize",] + 1
-    assert sqnr["correct-bias",] > sqnr["equalize", "correct-bias"] + 6
+    assert agreement[()] > 0.78
+    assert sqnr[()] > sqnr["equalize", "correct-bias"] + 6
+    if FULL:
+        assert agreement["correct-bias",] > 0.78
+        assert sqnr[()] > sqnr["equalize",] + 1
+        assert sqnr["correct-bias",] > sqnr["equalize", "correct-bias"] + 6

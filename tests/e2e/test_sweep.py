@@ -1,7 +1,8 @@
 """Real models through recipes and targets: none crashes, none is silent, none is wrong, and the trained ones stay good.
 
-Needs QGRAPH_TEST_DATA; QGRAPH_FULL=1 runs the whole sweep instead of a part of it. The bands are on the same data as
-the recorded float baselines (test_baselines.py), some of them on the first texts only.
+Needs QGRAPH_TEST_DATA. By default each model goes through one recipe, its neighbours through the others; QGRAPH_FULL=1
+runs the whole sweep. The bands are on the same data as the recorded float baselines (test_baselines.py), some
+of them on the first texts only.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ REAL = (
 )
 QUICK = ("auto", "int4", "int8-dynamic")
 PORTABLE = (STORIES, RXNMAPPER, SILERO, GTCRN, "vision/mnist/mnist.onnx")
+STATIC = (MAGIKA, GTCRN, TINY_VIT)  # language models are in test_static_text.py
 
 
 @pytest.fixture(scope="module")
@@ -76,42 +78,39 @@ def judge(rows: list[Any]) -> None:
     assert not bad, "\n".join(bad)
 
 
-def check(tools: Any, folder: Path, models: Any, recipes: Any, targets: Any) -> list[Any]:
+QUICK_CASES = [
+    *((REAL[i::3], recipe, "ort") for i, recipe in enumerate(QUICK)),
+    *((PORTABLE[i::3], QUICK[i - 1], "onnx") for i in range(3)),
+    (PORTABLE[:3], "int4", "openvino"),
+]
+STATIC_CASES = [(STATIC, "int8-static", "ort"), (STATIC, "int8-static", "openvino")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("models", "recipe", "target"), STATIC_CASES + ([] if FULL else QUICK_CASES)
+)
+def test_real_models(tools, folder, models, recipe, target):
+    if target == "openvino":
+        pytest.importorskip("openvino")
     missing = [m for m in models if not (folder / m).exists()]
     if missing:
         pytest.skip(f"QGRAPH_TEST_DATA holds no {missing[0]}")
-    rows = list(tools.sweep(folder, [folder / m for m in models], recipes, targets))
-    assert len(rows) == len(models) * len(recipes) * len(targets)
+    rows = list(tools.sweep(folder, [folder / m for m in models], (recipe,), (target,)))
+    assert len(rows) == len(models)
     judge(rows)
-    return rows
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(FULL, reason="QGRAPH_FULL=1 runs the whole sweep")
-@pytest.mark.parametrize(
-    ("models", "recipes", "targets"),
-    [
-        (REAL, QUICK, ("ort",)),
-        (PORTABLE, QUICK, ("onnx",)),
-        (PORTABLE[:3], ("int4",), ("openvino",)),
-        ((STORIES, RXNMAPPER, MAGIKA, GTCRN, TINY_VIT), ("int8-static",), ("ort",)),
-        ((STORIES, RXNMAPPER, MAGIKA, GTCRN, TINY_VIT), ("int8-static",), ("openvino",)),
-    ],
-    ids=["ort", "onnx", "openvino", "static-ort", "static-openvino"],
-)
-def test_real_models(tools, folder, models, recipes, targets):
-    if "openvino" in targets:
-        pytest.importorskip("openvino")
-    rows = check(tools, folder, models, recipes, targets)
     assert all(row.outcome == "ok" for row in rows)
 
 
+# First model, step, recipe.
+SMALL = [(0, 6, "int8-static")] if FULL else [(0, 12, "int4"), (6, 12, "int8-static")]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(FULL, reason="QGRAPH_FULL=1 runs the whole sweep")
-@pytest.mark.parametrize("recipe", ["int4", "int8-static"])
-def test_small_models_of_every_kind(tools, folder, recipe):
-    """Every sixth model of the conformance collections, in one recipe: odd exporters, custom domains, broken files."""
-    models = tools.find(folder, "conformance/*")[::6]
+@pytest.mark.parametrize(("first", "step", "recipe"), SMALL)
+def test_small_models_of_every_kind(tools, folder, first, step, recipe):
+    """Some models of the conformance collections, in one recipe: odd exporters, custom domains, broken files."""
+    models = tools.find(folder, "conformance/*")[first::step]
     if not models:
         pytest.skip("QGRAPH_TEST_DATA holds no conformance models")
     judge(list(tools.sweep(folder, models, (recipe,), ("ort",))))
