@@ -1,8 +1,12 @@
-"""Models with injected outliers: static INT8 loses them, and with smoothing they are what they were."""
+"""Models with injected outliers: static INT8 loses them, and with smoothing they are what they were.
+
+Outliers of norms by themselves run with QGRAPH_FULL=1; by default tests/stress has them in static INT8.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,8 +18,10 @@ from qgraph import evaluate
 sys.path.insert(0, str(Path(__file__).parent))
 import real_data
 
+FULL = os.environ.get("QGRAPH_FULL") == "1"
 
-@pytest.mark.parametrize("name", ["stories_norm30", "stories_vo30"])
+
+@pytest.mark.parametrize("name", ["stories_vo30", *(["stories_norm30"] if FULL else [])])
 def test_outliers_are_smoothed(name, tmp_path):
     tokenizer = "lm/stories260K/tok512.bin"
     try:

@@ -19,6 +19,12 @@ BODY = """p = Conv <pads = [1, 1, 1, 1]> (x, a, ba) q = Relu(p) s = Conv <group 
 TEXT = f"g (float[n, 4, 8, 8] x) => (float[n, 5] y) {{ {BODY} }}"
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Whatever ran before, each test draws the same numbers."""
+    RNG.bit_generator.state = np.random.default_rng(1).bit_generator.state
+
+
 def draw(*shape: int) -> np.ndarray[Any, Any]:
     return RNG.standard_normal(shape).astype(np.float32)
 
