@@ -133,7 +133,7 @@ def _judged(
     found = []
     rng = np.random.default_rng(ctx.recipe.seed)
     solver: Solver = registry.get("solver", "rtn")(threads=ctx.threads)
-    for reader in site.readers:
+    for reader in _rounded(site):
         held = planned.get((reader.member.node, reader.member.index))
         if held is None or not len(taken[reader.name]):
             continue
@@ -154,7 +154,12 @@ def _sizes(site: Site, taken: dict[str, Doubles]) -> Doubles:
 
 def _weights(site: Site) -> Doubles:
     """Mean |w| of what reads each of the group's channels [C]."""
-    return _means(site, [(r, np.abs(r.matrix()).mean(axis=(0, 1))) for r in site.readers])
+    return _means(site, [(r, np.abs(r.matrix()).mean(axis=(0, 1))) for r in _rounded(site)])
+
+
+def _rounded(site: Site) -> list[Reader]:
+    """Readers whose rounding a factor changes: a depthwise weight has one channel, and its scale, for each output."""
+    return [r for r in site.readers if not r.is_depthwise]
 
 
 def _means(site: Site, found: list[tuple[Reader, Doubles]]) -> Doubles:

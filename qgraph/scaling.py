@@ -42,9 +42,21 @@ class Reader:
     axis: int
     at: npt.NDArray[np.int64]
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every channel is convolved alone."""
+        return _is_depthwise(self.member)
+
     def matrix(self) -> Doubles:
-        """The weight as [N, P, K]: output channels, pixels of a kernel, input channels."""
+        """The weight as [N, P, K]: output channels, pixels of a kernel, input channels.
+
+        That of a depthwise convolution is a diagonal with the norm of each channel's kernel: its errors count as much
+        as those of the kernel, and rounded with one scale for each output channel it stays as it is.
+        """
         array = np.asarray(graph.array(self.member.value), np.float64)
+        if self.is_depthwise:
+            norms = np.sqrt(np.square(array).reshape(len(self.at), -1).sum(axis=1))
+            return np.diag(norms)[:, None, :]
         wide = int(np.argmax(self.member.labels.shape))
         moved = np.moveaxis(array, wide, -1)
         if self.member.node.op_type == "Conv":
@@ -120,6 +132,11 @@ def dataset(model: ir.Model, ctx: Context, who: str, why: str) -> data.Dataset:
         ctx.data = data.load(ctx.data, data.inputs_of(model))
     found: data.Dataset = ctx.data
     return found
+
+
+def _is_depthwise(member: Member) -> bool:
+    is_conv = member.node.op_type == "Conv"
+    return is_conv and int(graph.attribute(member.node, "group", 1)) > 1
 
 
 def _reader(group: Group, member: Member) -> Reader | None:

@@ -355,21 +355,24 @@ def would_copy(group: Group) -> bool:
 
 
 def _scale_bounds(model: ir.Model, clip: ir.Node, factor: Array) -> None:
-    """Clip(x, a, b) with a or b other than 0 → Min(Max(x, a s), b s)."""
+    """Clip(x, a, b) with a or b other than 0 → Min(Max(x, a s), b s); Relu in place of Max where a is 0."""
     names = graph.Names(model)
     x, out = clip.inputs[0], clip.outputs[0]
     assert x is not None
     dtype = (x.dtype or out.dtype or ir.DataType.FLOAT).numpy()
     steps = [
-        (op, np.asarray(bound * factor if bound else 0.0, dtype))
+        ("Relu", None) if op == "Max" and not bound else (op, np.asarray(bound * factor, dtype))
         for op, bound in zip(("Max", "Min"), bounds_of(clip), strict=True)
         if np.isfinite(bound)
     ]
-    for op, bound_array in steps[:-1]:
-        made = graph.value(names(f"{out.name}.{op}"), out.dtype, out.shape)
-        held = graph.add_initializer(model.graph, names(f"{out.name}.bound"), bound_array)
-        graph.add_node(clip, op, [x, held], [made], name=names(f"{clip.name}.{op}"))
-        x = made
-    op, bound_array = steps[-1]
-    held = graph.add_initializer(model.graph, names(f"{out.name}.bound"), bound_array)
-    graph.replace_node(clip, op, [x, held])
+    for number, (op, bounds) in enumerate(steps, 1):
+        inputs = [x]
+        if bounds is not None:
+            name = names(f"{out.name}.bound")
+            inputs.append(graph.add_initializer(model.graph, name, bounds))
+        if number == len(steps):
+            graph.replace_node(clip, op, inputs)
+        else:
+            made = graph.value(names(f"{out.name}.{op}"), out.dtype, out.shape)
+            graph.add_node(clip, op, inputs, [made], name=names(f"{clip.name}.{op}"))
+            x = made

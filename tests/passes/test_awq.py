@@ -38,7 +38,8 @@ def samples(count=6, rows=20):
 
 def awq(model, data, recipe="int4-awq", **options):
     """The canonical model before and after the pass, proven equal; whether it changed, and the context."""
-    ctx = Context(registry.get("target", "ort"), load(recipe), data=data)
+    recipe = load(recipe) if isinstance(recipe, str) else recipe
+    ctx = Context(registry.get("target", "ort"), recipe, data=data)
     work = graph.clone(files.load(model))
     registry.get("pass", "canonicalize")().run(work, ctx)
     before = graph.clone(work)
@@ -94,6 +95,17 @@ def test_what_stays_float_is_not_judged():
     recipe = {"pipeline": ["canonicalize", "awq"], "rules": rules}
     _, _, changed, _ = awq(uneven(), samples(), recipe)
     assert not changed
+
+
+def test_depthwise_weights_that_are_quantized_are_not_judged():
+    """One channel makes each of their outputs, on a scale of its own: no factor changes how they round."""
+    rng = np.random.default_rng(2)
+    feeds = [{"image": rng.uniform(size=(8, 1, 8, 8)).astype("f4")} for _ in range(3)]
+    _, _, _, ctx = awq(
+        "zoo:tiny-cnn", feeds, load("int4-awq").model_copy(update={"min_elements": 1})
+    )
+    (text,) = [d.message for d in ctx.diagnostics if d.code == "QG217"]
+    assert "of 4 groups" in text
 
 
 def test_needs_samples():

@@ -99,7 +99,7 @@ def test_bounds_are_left_alone_unless_asked(after):
 
 def test_bounds_of_single_channels(after):
     result = after("canonicalize equalize", uneven("Clip"), clips="exact")
-    assert result.ops() == ["Conv", "Max", "Min"] * 2 + ["Conv"]
+    assert result.ops() == ["Conv", "Relu", "Min"] * 2 + ["Conv"]
 
 
 class TestMeasured:

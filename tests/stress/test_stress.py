@@ -20,6 +20,7 @@ import pytest
 import qgraph
 from qgraph import evaluate, files, models, recipe, verify
 from qgraph.evaluate import distributions
+from qgraph.models.data import digits
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
@@ -199,6 +200,26 @@ def test_minilm(kind):
         smooth = changed("int8-smooth", "smooth", smooth={"insert": True, "alpha": 0.5, "rows": 64})
         assert error(stress, "int8-static") > 2 * usual
         assert error(stress, smooth) < 1.5 * usual
+
+
+def test_depthwise_convolutions():
+    """tiny-cnn: depthwise convolutions, and Clips whose bounds the outliers made one for each channel."""
+    reference = models.build("tiny-cnn")
+    fed, seen = (digits(held_out=h)[0] for h in (False, True))
+    data, feeds = [{"image": fed[i : i + 24]} for i in range(0, 120, 24)], [{"image": seen}]
+    stress = stressed(reference, "channels", 6)
+    (expected,) = (distributions.log_softmax(y) for y in outputs(reference, feeds))
+
+    def kl(model: ir.Model, how: Any) -> float:
+        work = outliers.canonical(model)
+        made = qgraph.optimize(work, how, data=data, verify="off", inspect=False)
+        (found,) = (distributions.log_softmax(y) for y in outputs(made.model, feeds))
+        return float(distributions.kl_divergence(expected, found).mean())
+
+    usual = kl(reference, "int8-static")
+    assert kl(stress, "int8-static") > 50 * usual
+    assert kl(stress, changed("int8-smooth", "smooth", smooth={"alpha": 0.7})) < 1.5 * usual
+    assert kl(stress, changed("int8-static", "equalize")) < 1.5 * usual
 
 
 def test_convolutions():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qgraph import errors, files, graph, models, symmetry
+from qgraph import errors, files, graph, models, symmetry, verify
 from qgraph.models.builder import FLOAT, Builder
 from qgraph.spool import Spool
 
@@ -133,9 +133,33 @@ def test_bounds_become_one_per_channel():
     symmetry.scale(model, one(model, "scale"), np.ones(8))
     assert [n.op_type for n in model.graph] == ["MatMul", "Clip", "MatMul"]
     symmetry.scale(model, one(model, "scale"), np.arange(1.0, 9.0))
-    assert [n.op_type for n in model.graph] == ["MatMul", "Max", "Min", "MatMul"]
+    assert [n.op_type for n in model.graph] == ["MatMul", "Relu", "Min", "MatMul"]
     bound = next(n for n in model.graph if n.op_type == "Min").inputs[1]
     np.testing.assert_array_equal(np.ravel(graph.array(bound)), 6 * np.arange(1.0, 9.0))
+
+
+def test_a_lower_bound_other_than_zero_becomes_one_per_channel():
+    b = Builder("g")
+    rng = np.random.default_rng(3)
+    h = b.op(
+        "MatMul",
+        b.input("x", FLOAT, ["m", 6]),
+        b.initializer("A", rng.normal(size=(6, 8)).astype("f4")),
+    )
+    h = b.op("Clip", h, b.number("low", -1.0), b.number("six", 6.0))
+    b.output(
+        "y",
+        b.op("MatMul", h, b.initializer("B", rng.normal(size=(8, 5)).astype("f4"))),
+        FLOAT,
+        ["m", 5],
+    )
+    model = b.model()
+    before, feeds = graph.clone(model), verify.sample_feeds(model)
+    symmetry.scale(model, one(model, "scale"), np.arange(1.0, 9.0))
+    assert [n.op_type for n in model.graph] == ["MatMul", "Max", "Min", "MatMul"]
+    bound = next(n for n in model.graph if n.op_type == "Max").inputs[1]
+    np.testing.assert_array_equal(np.ravel(graph.array(bound)), -np.arange(1.0, 9.0))
+    assert verify.equivalent(before, model, feeds, rtol=1e-4).ok
 
 
 @pytest.mark.parametrize("spool", [None, "spool"])
