@@ -94,6 +94,7 @@ class Study:
         passes.run(files.load(path), ctx, [checkpoint])
         assert checkpoint.kept is not None
         self.trials = accuracy.Trials(passes, *checkpoint.kept)
+        items._LEAST_PEAK = math.inf  # rivals with float32 scales too
         self.items = items.find(self.trials, self.recipe)
         found = [w for item in self.items for w in item.weights]
         model = self.trials.model
@@ -244,34 +245,36 @@ def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def compared(it: Study, budgets: Sequence[float], sequential: bool) -> dict[str, Any]:
-    """Mixtures and their rivals."""
+    """Mixtures and, from their own bits on upwards, their rivals: up to the first that is better."""
     name, others = it.name, it.rivals()
     rows: dict[str, dict[str, float]] = {}
 
-    def row(title: str, mixture: list[int]) -> None:
-        rows[title] = {"bits": it.bits(mixture), "kl": it.loss(mixture)}
-        print(f"{name:12s} {title:26s} {rows[title]}", flush=True)
+    def row(title: str, mixture: list[int]) -> dict[str, float]:
+        if title not in rows:
+            rows[title] = {"bits": it.bits(mixture), "kl": it.loss(mixture)}
+            print(f"{name:12s} {title:26s} {rows[title]}", flush=True)
+        return rows[title]
 
-    for title, mixture in others.items():
-        row(title, mixture)
     chosen = {}
     for bits in budgets:
         row(f"knapsack {bits:g}", it.knapsack(bits))
-        mixture, found = it.mixed(bits)
-        row(f"mixed {bits:g}", mixture)
-        chosen[f"mixed {bits:g}"] = mixture
+        title = f"mixed {bits:g}"
+        chosen[title], found = it.mixed(bits)
+        own = row(title, chosen[title])
         print(f"{name:12s} {found.tried} mixtures tried, {found.taken} taken", flush=True)
-    for title, row in sorted(rows.items(), key=lambda r: r[1]["bits"]):
-        print(f"{name:12s} {row['bits']:.3f} bits {title:26s} {row['kl']:.4g}", flush=True)
-    for title in chosen:
+        kinds, is_beaten = set(KINDS), False
+        for rival in sorted(others, key=lambda t: it.bits(others[t])):
+            if it.bits(others[rival]) < own["bits"] or (is_beaten and not kinds):
+                continue
+            is_beaten |= row(rival, others[rival])["kl"] <= own["kl"]
+            kinds.discard(rival.partition(" ")[0])
         print(f"{name}: {verdict(rows, title, 'kl')}", flush=True)
-    if sequential:
-        for title in chosen:
-            for each in (title, *nearest(rows, title).values()):
-                if "sequential" not in rows[each]:
-                    rows[each]["sequential"] = it.sequential(chosen.get(each) or others[each])
-                    print(f"{name:12s} {each:26s} {rows[each]}", flush=True)
-            print(f"{name}: {verdict(rows, title, 'sequential')}", flush=True)
+    for title in chosen if sequential else ():
+        for each in (title, *nearest(rows, title).values()):
+            if "sequential" not in rows[each]:
+                rows[each]["sequential"] = it.sequential(chosen.get(each) or others[each])
+                print(f"{name:12s} {each:26s} {rows[each]}", flush=True)
+        print(f"{name}: {verdict(rows, title, 'sequential')}", flush=True)
     return {"rows": rows}
 
 

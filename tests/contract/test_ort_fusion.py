@@ -144,6 +144,18 @@ def test_float16_scales_need_float16_activations(rng, write) -> None:
         runtime.session(write(nbits_text(4, G, 0, "x, B, s"), **weights))
 
 
+def test_a_cast_behind_float16_scales_is_folded(rng, write) -> None:
+    weights, _ = nbits_weight(rng, 4, G, False)
+    half = weights["s"].astype(np.float16)
+    plain = nbits_text(4, G, 4, "x, B, s")
+    wide = write(plain, "wide", **{**weights, "s": half.astype(np.float32)})
+    cast = plain.replace("{", "{ s = Cast<to=1>(half) ", 1)
+    narrow = write(cast, "narrow", **{"B": weights["B"], "half": half})
+    assert ops(narrow) == ops(wide) == ["MatMulNBits"]
+    x = rng.standard_normal((3, K)).astype(np.float32)
+    np.testing.assert_array_equal(run(narrow, x=x), run(wide, x=x))
+
+
 def test_without_prepacking_accuracy_level_4_computes_in_float(rng, write) -> None:
     weights, w = nbits_weight(rng, 4, G, False)
     path = write(nbits_text(4, G, 4, "x, B, s"), **weights)
