@@ -150,7 +150,7 @@ def test_a_cast_behind_float16_scales_is_folded(rng, write) -> None:
     plain = nbits_text(4, G, 4, "x, B, s")
     wide = write(plain, "wide", **{**weights, "s": half.astype(np.float32)})
     cast = plain.replace("{", "{ s = Cast<to=1>(half) ", 1)
-    narrow = write(cast, "narrow", **{"B": weights["B"], "half": half})
+    narrow = write(cast, "narrow", B=weights["B"], half=half)
     assert ops(narrow) == ops(wide) == ["MatMulNBits"]
     x = rng.standard_normal((3, K)).astype(np.float32)
     np.testing.assert_array_equal(run(narrow, x=x), run(wide, x=x))
