@@ -42,6 +42,7 @@ OURS = {  # solver, and the inputs that it sees
     "qgraph-gptq": ("gptq", "float"),
     "qgraph-descent": ("round-descent", "float"),
     "qgraph-sequential": ("round-descent", "quantized"),
+    "qgraph-tuned": ("round-descent", "quantized"),  # and pass tune behind it, with samples that the model writes
 }
 PEERS = (
     "ort-rtn-sym", "ort-rtn", "ort-k-quant", "ort-hqq", "ort-gptq", "ort-gptq-repaired", "nncf", "nncf-awq",
@@ -187,6 +188,7 @@ def _quantize(tool: str, bits: int, source: Path, output: Path, given: argparse.
 def one(tool: str, source: str, folder: str, output: str, bits: str) -> None:
     """qgraph's side, in a process of its own."""
     import qgraph
+    from qgraph.recipe import presets
 
     solver, inputs = OURS[tool]
     rules = [
@@ -195,6 +197,9 @@ def one(tool: str, source: str, folder: str, output: str, bits: str) -> None:
     ]  # fmt: skip
     options = {"solve-weights": {"inputs": inputs}}
     recipe = {"name": "pure", "rules": rules, "options": options, "min_elements": 1}
+    if tool == "qgraph-tuned":
+        recipe["pipeline"] = list(presets.TUNED_PIPELINE)
+        options["tune"] = {"written": 256}
     qgraph.optimize(
         source, recipe, target="ort", data=folder, output=output, force=True, inspect=False
     )
