@@ -42,7 +42,7 @@ OURS = {  # solver, and the inputs that it sees
     "qgraph-gptq": ("gptq", "float"),
     "qgraph-descent": ("round-descent", "float"),
     "qgraph-sequential": ("round-descent", "quantized"),
-    "qgraph-tuned": ("round-descent", "quantized"),  # and pass tune behind it, with samples that the model writes
+    "qgraph-tuned": ("round-descent", "quantized"),  # and pass tune behind it
 }
 PEERS = (
     "ort-rtn-sym", "ort-rtn", "ort-k-quant", "ort-hqq", "ort-gptq", "ort-gptq-repaired", "nncf", "nncf-awq",
@@ -199,7 +199,7 @@ def one(tool: str, source: str, folder: str, output: str, bits: str) -> None:
     recipe = {"name": "pure", "rules": rules, "options": options, "min_elements": 1}
     if tool == "qgraph-tuned":
         recipe["pipeline"] = list(presets.TUNED_PIPELINE)
-        options["tune"] = {"written": 256}
+        options["tune"] = {"written": 256, "length": CONTEXT}
     qgraph.optimize(
         source, recipe, target="ort", data=folder, output=output, force=True, inspect=False
     )

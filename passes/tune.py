@@ -55,6 +55,8 @@ class Tune(Pass):
         """How many of the given samples are used, the first ones; they stay in memory."""
         written: int = Field(0, ge=0)
         """How many more samples the float model writes itself, where it is a language model (a decoder)."""
+        length: int = Field(128, ge=2)
+        """How many tokens of each sample it writes; one run of the model for each token."""
         held_out: int = Field(8, ge=1)
         """One of so many given samples judges and does not teach."""
         outputs: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ class Tune(Pass):
             return False
         rng = np.random.default_rng(ctx.recipe.seed)
         if options.written:
-            taught = [*taught, *_written(tuner, [*held, *taught], options.written, rng, ctx)]
+            taught = [*taught, *_written(tuner, [*held, *taught], options, rng, ctx)]
         schedule = Schedule(options.epochs, options.batch, options.code_rate, options.scale_rate)
         tuned = tuner.tune(taught, held, schedule, rng, ctx.progress)
         _tell(tuned, len(held), tuner, ctx)
@@ -128,20 +130,24 @@ def _simulated(model: ir.Model, ctx: Context) -> Simulated:
 
 
 def _written(
-    tuner: Tuner, given: Sequence[Feeds], count: int, rng: np.random.Generator, ctx: Context
+    tuner: Tuner,
+    given: Sequence[Feeds],
+    options: Tune.Options,
+    rng: np.random.Generator,
+    ctx: Context,
 ) -> list[Feeds]:
     """Samples that the float model writes, if it can."""
     if len(tuner.predictions) != 1:
         obstacle = f"it has {len(tuner.predictions) or 'no'} outputs with predictions"
     else:
-        writer = Writer(tuner.teacher, tuner.predictions[0], given)
+        writer = Writer(tuner.teacher, tuner.predictions[0], given, options.length)
         obstacle = writer.obstacle()
     if obstacle:
         message = f"the float model cannot write samples: {obstacle}"
         hint = "only the given ones are used; give more, or options.tune.written = 0"
         ctx.report("warning", "QG412", "pass tune", message, hint)
         return []
-    return writer.write(count, rng, ctx.progress)
+    return writer.write(options.written, rng, ctx.progress)
 
 
 def _tell(tuned: Tuned, held: int, tuner: Tuner, ctx: Context) -> None:

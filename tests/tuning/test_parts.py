@@ -116,7 +116,7 @@ def test_losses_and_their_gradients(kind):
 def _writer(name, **feeds):
     model = models.build(name)
     output = model.graph.outputs[0].name
-    return Writer(runtime.session(model, threads=1), output, [feeds])
+    return Writer(runtime.session(model, threads=1), output, [feeds], 40)
 
 
 def test_a_decoder_writes_what_it_expects():
@@ -126,17 +126,18 @@ def test_a_decoder_writes_what_it_expects():
     tokens = models.eval_tokens("tiny-gpt")[:48][None]
     writer = _writer("tiny-gpt", input_ids=tokens)
     assert writer.obstacle() == ""
-    (made,), (again,) = (
-        writer.write(1, np.random.default_rng(0), lambda *_: None) for _ in range(2)
+    (made, *more), (again, *_) = (
+        writer.write(3, np.random.default_rng(0), lambda *_: None) for _ in range(2)
     )
     np.testing.assert_array_equal(made["input_ids"], again["input_ids"])
-    assert made["input_ids"].shape == tokens.shape and made["input_ids"][0, 0] == tokens[0, 0]
+    assert len(more) == 2 and not np.array_equal(made["input_ids"], more[0]["input_ids"])
+    assert made["input_ids"].shape == (1, 40) and made["input_ids"][0, 0] == tokens[0, 0]
 
     def surprise(ids):
         log_p = distributions.log_softmax(writer._predict({"input_ids": ids}))[0, :-1]
         return -np.take_along_axis(log_p, ids[0, 1:, None], -1).mean()
 
-    noise = np.random.default_rng(1).integers(0, 200, tokens.shape)
+    noise = np.random.default_rng(1).integers(0, 200, (1, 40))
     assert surprise(made["input_ids"]) < surprise(noise) - 1
 
 
@@ -150,4 +151,4 @@ def test_what_is_no_decoder_does_not_write():
     b.output("logits", b.op("Add", rows, mean), FLOAT, [1, "length", 11])
     session = runtime.session(b.model(), threads=1)
     feeds = {"ids": np.arange(5)[None]}
-    assert "depend on later tokens" in Writer(session, "logits", [feeds]).obstacle()
+    assert "depend on later tokens" in Writer(session, "logits", [feeds], 5).obstacle()
