@@ -275,7 +275,13 @@ def _from_means(
 
 
 def _share(weight: Weight, halves: tuple[Means, Means]) -> float:
-    """How much of what the halves ask for is more than noise."""
+    """How much of what the halves ask for is more than noise.
+
+    Nothing of a weight that several layers multiply with: at the first of them nothing is lost yet, at the last all
+    that this very weight loses before it, and no one matrix makes up for both (docs/notes/solvers.md).
+    """
+    if sum(use.kind in ("matmul", "gemm") for use in weight.uses) > 1:
+        return 0.0
     first, second = (half.stats(weight.name) for half in halves)
     if first is None or second is None or first.cross is None or second.cross is None:
         return 1.0
