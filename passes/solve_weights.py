@@ -275,17 +275,16 @@ def _from_means(
 
 
 def _share(weight: Weight, halves: tuple[Means, Means]) -> float:
-    """How much of what the halves ask for is more than noise.
+    """How much of what the halves ask for is more than noise; of a weight of several layers, each layer's part of it.
 
-    Nothing of a weight that several layers multiply with: at the first of them nothing is lost yet, at the last all
-    that this very weight loses before it, and no one matrix makes up for both (docs/notes/solvers.md).
+    At the first of these layers little is lost yet, at the last what this very weight loses before it: a correction as
+    large as the last one asks for makes the first ones worse (docs/notes/solvers.md).
     """
-    if sum(use.kind in ("matmul", "gemm") for use in weight.uses) > 1:
-        return 0.0
     first, second = (half.stats(weight.name) for half in halves)
     if first is None or second is None or first.cross is None or second.cross is None:
         return 1.0
-    return weighted.shrinkage(weight.read(), (first, second), weighted.DAMPING)
+    share = weighted.shrinkage(weight.read(), (first, second), weighted.DAMPING)
+    return share / max(1, len(weight.uses))
 
 
 def _known(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qgraph
-from qgraph import calibrate, errors, files, weights
+from qgraph import calibrate, errors, files, numerics, runtime, weights
 from qgraph.calibrate import grams
 from qgraph.models import data
 from qgraph.models.builder import BOOL, FLOAT, Builder
@@ -149,3 +149,34 @@ def test_a_branch_that_no_sample_takes_is_named():
     )
     found = [d for d in result.report.diagnostics if d.code == "QG405"]
     assert [d.where for d in found] == ["Neg.weight"] and "never reach" in found[0].message
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_corrections_of_weights_that_several_layers_share(layers):
+    """One matrix cannot make up for what each layer has lost, but for part of it: better than for nothing."""
+    rng = np.random.default_rng(0)
+    b = Builder("loop")
+    h = b.input("x", FLOAT, ["rows", 64])
+    first, second = (
+        b.initializer(n, (rng.standard_normal((64, 64)) / 5).astype(np.float32)) for n in "vw"
+    )
+    for _ in range(layers):
+        h = b.op("Add", h, b.op("MatMul", b.op("Tanh", b.op("MatMul", h, first)), second))
+    b.output("y", h, FLOAT, ["rows", 64])
+    model = b.model()
+    sizes = np.linspace(0.1, 2, 64)
+    data = [{"x": (rng.standard_normal((32, 64)) * sizes).astype(np.float32)} for _ in range(16)]
+    test = {"x": (rng.standard_normal((256, 64)) * sizes).astype(np.float32)}
+    (want,) = runtime.session(model).run(None, test)
+    found = {}
+    for inputs in ("float", "quantized"):
+        recipe = {
+            "name": "loop",
+            "rules": [{"ops": ["MatMul"], "weights": "uint2.g32.asym", "solver": "round-descent"}],
+            "options": {"solve-weights": {"inputs": inputs}},
+            "min_elements": 1,
+        }
+        made = qgraph.optimize(model, recipe, target="ort", data=data, inspect=False)
+        (got,) = runtime.session(made.to_proto()).run(None, test)
+        found[inputs] = numerics.sqnr_db(want, got)
+    assert found["quantized"] > found["float"] + 0.4
