@@ -11,7 +11,7 @@ from qgraph import errors, evaluate, files, graph, models, registry, symmetry, v
 from qgraph.models.builder import FLOAT, Builder
 from qgraph.models.data import eval_tokens
 from qgraph.pipeline import Context
-from qgraph.recipe import PRESETS, load
+from qgraph.recipe import PRESETS, Recipe, load
 
 DATA = Path(os.environ.get("QGRAPH_TEST_DATA", ""))
 needs_data = pytest.mark.skipif(not DATA.name, reason="QGRAPH_TEST_DATA is not set")
@@ -38,7 +38,7 @@ def samples(count=6, rows=20):
 
 def awq(model, data, recipe="int4-awq", **options):
     """The canonical model before and after the pass, proven equal; whether it changed, and the context."""
-    recipe = load(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     ctx = Context(registry.get("target", "ort"), recipe, data=data)
     work = graph.clone(files.load(model))
     registry.get("pass", "canonicalize")().run(work, ctx)
