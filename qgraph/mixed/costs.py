@@ -21,7 +21,7 @@ from qgraph.observers import Wanted
 from qgraph.passes import solve_weights
 from qgraph.pipeline import Context
 from qgraph.recipe import FLOAT, Rule
-from qgraph.solver import WeightStats
+from qgraph.solver import Solver, WeightStats
 from qgraph.spec import Floats, QTensor, QuantSpec
 from qgraph.spool import Packed, Spool
 from qgraph.weights import Weight
@@ -58,6 +58,7 @@ def solve(
             wanted[weight.name] = weight, list(dict.fromkeys(specs))
     solved: dict[tuple[str, str], QTensor] = {}
     costs: dict[tuple[str, str], float] = {}
+    solvers: dict[str, Solver] = {}
     known = _with_grams(model, [w for w, _ in wanted.values()], dataset, ctx)
     for done, (weight, gram) in enumerate(known):
         ctx.progress(f"weighing formats of {weight.label}", done / len(wanted))
@@ -76,7 +77,9 @@ def solve(
                 )
             )  # fmt: skip
         stats = None if gram is None else WeightStats(np.diag(gram).astype(np.float32), gram)
-        solver = solve_weights.make_solver(_quick(rules[weight.name], is_blind=gram is None), ctx)
+        name = _quick(rules[weight.name], is_blind=gram is None)
+        # Weights that share an input come one after the other: a solver keeps what it made of its Gram matrix.
+        solver = solvers[name] = solvers.get(name) or solve_weights.make_solver(name, ctx)
         for text in wanted[weight.name][1]:
             q = solver.solve(w, QuantSpec.parse(text), stats, np.random.default_rng(0))
             costs[weight.name, text] = _weighed(w, q, gram)
