@@ -49,14 +49,16 @@ class Writer:
         before = found[..., :-1, :]
         if not np.allclose(before, self._predict(changed)[..., :-1, :], rtol=1e-3, atol=1e-3):
             return "its predictions depend on later tokens"
-        return "" if self._takes(_cut(feeds, 1)) else "it takes samples of one length only"
+        refusal = self._refusal(_cut(feeds, 1))
+        return f"it takes samples of one length only: {refusal}" if refusal else ""
 
-    def _takes(self, feeds: Feeds) -> bool:
+    def _refusal(self, feeds: Feeds) -> str:
+        """What ONNX Runtime says where the model does not run on a sample of another shape, or ""."""
         try:
             self._predict(feeds)
-        except Exception:  # noqa: BLE001 - ONNX Runtime's exceptions have no type of their own
-            return False
-        return True
+        except Exception as e:  # noqa: BLE001 - ONNX Runtime's exceptions have no common type
+            return str(e).partition("\n")[0] or type(e).__name__
+        return ""
 
     def write(
         self, count: int, rng: np.random.Generator, progress: Callable[[str, float], None]
@@ -64,7 +66,7 @@ class Writer:
         """So many samples."""
         starts = [self._given[i % len(self._given)] for i in range(count)]
         pair = _stacked([self._given[0]] * 2, 2)
-        size = _TOGETHER if self._takes(pair) else 1
+        size = 1 if self._refusal(pair) else _TOGETHER
         made: list[Feeds] = []
         while len(made) < count:
             progress(f"writing samples, {len(made)} of {count}", len(made) / count)
