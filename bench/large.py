@@ -1,10 +1,13 @@
 """Memory and time of a large generated decoder, quantized block by block; killed on the way and resumed if asked to.
 
     python bench/large.py 1b --work FOLDER --recipe int4-gptq --samples 2 --tokens 128
-    python bench/large.py 1b --work FOLDER --kill-after 3
+    python bench/large.py 1b --work FOLDER --kill-at block-0003.npz
+    python bench/large.py 1b --work FOLDER --recipe bench/large_mixed.toml \\
+        --kill-at choosing/block-0005.npz --kill-at choosing/measured.npz --kill-at block-0002.npz
 
-FOLDER holds the model (made where it is missing), the work folder and the result. Memory is looked at ten times a
-second. RSS counts pages of mapped files, which the kernel can drop at any time; what is anonymous has to fit.
+With --kill-at the command is killed when its work folder holds that file, and begun again. FOLDER holds the model
+(made where it is missing), the work folder and the result. Memory is looked at ten times a second. RSS counts pages of
+mapped files, which the kernel can drop at any time; what is anonymous has to fit.
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128, help="of a sample")
     parser.add_argument(
-        "--kill-after", type=int, default=0, help="SIGKILL when so many blocks are finished"
+        "--kill-at", action="append", default=[], help="SIGKILL when this file is there"
     )
+    parser.add_argument("--max-time", type=float, default=300.0, help="of a choice of formats")
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
     shape = decoders.SHAPES[given.scale]
@@ -53,16 +57,17 @@ def main() -> None:
     command += ["--recipe", given.recipe, "--data", str(data), "--work-dir", str(kept), "--json"]
     for each in given.set:
         command += ["--set", each]
-    if given.kill_after:
-        print(json.dumps(watch(command, kept, given.kill_after), indent=1))
-    found = watch(command, kept, 0)
+    command += ["--max-time", f"{given.max_time}"]
+    for name in given.kill_at:
+        print(json.dumps({"killed at": name, **watch(command, kept, name)}, indent=1), flush=True)
+    found = watch(command, kept)
     print(json.dumps({"parameters": shape.parameters, "tokens": tokens.size, **found}, indent=1))
 
 
-def watch(command: Sequence[str], kept: Path, kill_after: int) -> dict[str, object]:
-    """Run a command, killing it when the work folder has so many finished blocks (0: never); what it took."""
+def watch(command: Sequence[str], kept: Path, kill_at: str = "") -> dict[str, object]:
+    """Run a command, killing it when the work folder holds a file; what it took."""
     peaks: dict[str, dict[str, int]] = {}
-    start, first = time.perf_counter(), len(list(kept.glob("block-*.npz")))
+    start, first = time.perf_counter(), len(list(kept.rglob("block-*.npz")))
     blocks = first
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while child.poll() is None:
@@ -70,8 +75,8 @@ def watch(command: Sequence[str], kept: Path, kill_after: int) -> dict[str, obje
         for field in ("VmRSS", "RssAnon"):
             if now[field] > peaks.get(field, {}).get(field, -1):
                 peaks[field] = now
-        blocks = len(list(kept.glob("block-*.npz"))) or blocks
-        if kill_after and blocks >= kill_after:
+        blocks = len(list(kept.rglob("block-*.npz"))) or blocks
+        if kill_at and (kept / kill_at).exists():
             child.send_signal(signal.SIGKILL)
             child.wait()
         time.sleep(_INTERVAL)

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from pydantic import ValidationError
 
 from qgraph import cuts, data, errors, mapped, registry, weights, workdir
-from qgraph.calibrate import grams, groups
+from qgraph.calibrate import groups
 from qgraph.calibrate.sequence import Course
 from qgraph.calibrate.simulate import Simulated, simulate
 from qgraph.calibrate.twins import Doubles, Means, Twins
@@ -240,7 +240,7 @@ def _inputs(weight: Weight, solver: Solver, ctx: Context) -> tuple[str, ...]:
     """The tensors whose Gram matrix the solver asks for; none where it asks for nothing or there can be none."""
     if solver.statistics == "none":
         return ()
-    inputs = grams.inputs_of(weight)
+    inputs = groups.inputs_of(weight)
     if isinstance(inputs, str):
         message = f"solver {solver.name} has no Gram matrix for it: {inputs}"
         hint = "it was solved as if all inputs were alike and independent"

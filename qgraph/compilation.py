@@ -172,12 +172,13 @@ class Compilation:
         with self._timed("mixed precision"):
             self._chooser = mixed.Chooser(
                 self._trials, self.source, self.recipe, self.data, self.floors, write,
-                max_seconds=self.max_time, progress=self.progress,
+                max_seconds=self.max_time, progress=self.progress, kept=self.kept,
             )  # fmt: skip
             held = self.kept.load("mixed") if self.kept is not None else None
             choice = mixed.Choice.from_json(held[1]) if held else self._chooser.choose()
             if self.kept is not None and not held:
                 self.kept.store("mixed", {}, choice.to_json())
+                self.kept.drop(mixed.CHOOSING)
         self.report.mixed, self._told = choice.figures, choice.told
         self.report.notes += choice.notes
         self._run_again(choice.recipe, self.kept)

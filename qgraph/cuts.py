@@ -10,6 +10,7 @@ main graph that holds them. Constants are alive nowhere.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -94,3 +95,30 @@ def blocks(order: Order, places: Sequence[int]) -> Iterator[tuple[int, list[int]
         held.append(place)
     if held:
         yield start, held
+
+
+def weight_bytes(model: ir.Model, order: Order) -> list[int]:
+    """For each place, the bytes of constants that nodes before it read."""
+    nbytes = [0] * (len(order.nodes) + 1)
+    for node in graph.nodes(model):
+        held = {v: v.const_value for v in node.inputs if v is not None}
+        nbytes[order.place(node) + 1] += sum(t.nbytes for t in held.values() if t is not None)
+    return list(itertools.accumulate(nbytes))
+
+
+def stops(order: Order, read: Sequence[int], start: int, end: int, most: int) -> Iterator[int]:
+    """Narrow places between two others, so that few weights are needed from one to the next.
+
+    Args:
+        order: of a model.
+        read: its `weight_bytes`.
+        start: the earlier place.
+        end: the later place.
+        most: bytes of weights between neighbours, unless one operator alone needs more.
+    """
+    while read[end] - read[start] > most:
+        near, far = (
+            bisect.bisect_right(read, read[start] + share) - 1 for share in (most // 2, most)
+        )
+        start = order.narrowest(min(near, far - 1), far) if far > start else start + 1
+        yield start

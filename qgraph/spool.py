@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from qgraph import numerics
+from qgraph import mapped, numerics
 from qgraph.spec import Codes, QTensor, QuantSpec
 
 ALIGNMENT = 4096
@@ -85,6 +85,12 @@ class Packed(QTensor):
             return self
         plain = QTensor(self.spec, self.codes, self.scale, self.zero_point, self.error)
         return plain.stored_as(signed=signed)
+
+
+def drop(q: QTensor) -> None:
+    """Give back the pages of a weight on a spool; they are read again when they are needed."""
+    for array in getattr(q, "arrays", {}).values():
+        mapped.drop(array)
 
 
 class Spool:

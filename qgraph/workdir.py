@@ -3,6 +3,7 @@
     work.json            what the work is for: digests of model, recipe, data, plan; versions
     block-0000.npz       results, one file for each finished block; written under another name and renamed
     inputs-0001-float/   the values that the block after the last finished one needs, for each sample
+    choosing/            the same for work that must be done before, until it is
 
 What is there counts only for exactly the same work. A folder of other work is refused, not overwritten.
 """
@@ -30,7 +31,7 @@ FORMAT = 1
 _KEY, _FACTS = "work.json", "facts"
 _HASHED_BYTES = 1 << 10  # smaller constants are hashed with the graph
 _PART = 16 << 20
-_OURS = re.compile(r"work\.json|block-\d+\.npz|inputs-\d+-\w+|\..*\.part")
+_OURS = re.compile(r"work\.json|block-\d+\.npz|inputs-\d+-\w+|choosing|mixed\.npz|\..*\.part")
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -112,6 +113,15 @@ class WorkDir:
             return arrays, json.loads(str(arrays.pop(_FACTS)))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise self._failure(f"{path.name} cannot be read: {e}", "delete that file") from e
+
+    def part(self, name: str, key: Mapping[str, Any]) -> WorkDir:
+        """A folder inside for a piece of this work, with its own key (see `WorkDir`)."""
+        return WorkDir(self.folder / name, key)
+
+    def drop(self, name: str) -> None:
+        """Delete a part, because its result is kept, if it is there."""
+        if (self.folder / name).exists():
+            shutil.rmtree(self.folder / name)
 
     def clear(self) -> None:
         """Delete all that was kept, and nothing else: the work is done."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qgraph import cuts
+from qgraph import cuts, graph
 from qgraph.weights import Weight
 
 
@@ -37,6 +37,21 @@ class Block:
 
     start: int
     groups: tuple[Group, ...]
+
+
+def inputs_of(weight: Weight) -> tuple[str, ...] | str:
+    """The tensors whose last axis the weight is multiplied with, or why its inputs have no Gram matrix here."""
+    names: dict[str, None] = {}
+    for use in weight.uses:
+        v = use.node.inputs[0]
+        if use.kind not in ("matmul", "gemm") or use.index != 1 or v is None or not v.name:
+            return f"{use.node.op_type} does not multiply its weight with the last axis of an input"
+        if use.kind == "gemm" and graph.attribute(use.node, "transA", 0):
+            return "Gemm with transA=1 sums over the rows of its input"
+        if use.matrix.rows != 1:
+            return "a stack of matrices has one Gram matrix for each"
+        names[v.name] = None
+    return tuple(names)
 
 
 def blocks(

@@ -7,7 +7,6 @@ they then have, and only these weights are read.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import os
 import shutil
@@ -21,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import cuts, files, graph, mapped, runtime
-from qgraph.calibrate import instrument, types
+from qgraph import cuts, files, graph, mapped, runtime, spool
+from qgraph.calibrate import instrument, parts, types
 from qgraph.data import Dataset
 from qgraph.spec import QTensor
 from qgraph.weights import Weight
@@ -33,14 +32,6 @@ WEIGHTS = 256 << 20
 """Bytes of weights that a stretch may need, unless one operator alone needs more."""
 # Threads that spin between runs would take the solvers' processor; roundings are run as they are written.
 _CONFIG = {"session.intra_op.allow_spinning": "0", "session.disable_quant_qdq": "1"}
-# Types that ONNX Runtime takes from numpy.
-_PLAIN = frozenset(
-    {
-        ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8,
-        ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32, ir.DataType.UINT32,
-        ir.DataType.INT64, ir.DataType.UINT64,
-    }
-)  # fmt: skip
 
 
 class Walk:
@@ -65,7 +56,7 @@ class Walk:
         self._values = {str(v.name): v for n in model.graph for v in n.outputs if v.name}
         self._values |= self._inputs
         self._types = types.infer(model)
-        self._read = self._weight_bytes()
+        self._read = cuts.weight_bytes(model, self.order)
         self._held: dict[str, int] = {}  # value on disk → its number in the files
         self.place = -1
         self._files = Path(tempfile.mkdtemp(dir=folder))
@@ -77,24 +68,13 @@ class Walk:
 
     def step(self, place: int) -> None:
         """Go to a later place, or as far before it as the values that are alive can be kept."""
-        for stop in self._stops(place):
+        stops = cuts.stops(self.order, self._read, max(self.place, 0), place, WEIGHTS)
+        for stop in itertools.chain(stops, (place,)):
             self._go(stop)
-
-    def _stops(self, place: int) -> Iterator[int]:
-        """Narrow places on the way, so that few weights are needed at once; and the place."""
-        start = max(self.place, 0)
-        while self._read[place] - self._read[start] > WEIGHTS:
-            near, far = (
-                bisect.bisect_right(self._read, self._read[start] + most) - 1
-                for most in (WEIGHTS // 2, WEIGHTS)
-            )
-            start = self.order.narrowest(min(near, far - 1), far) if far > start else start + 1
-            yield start
-        yield place
 
     def _go(self, place: int) -> None:
         alive = [v for v in self.order.alive(place) if v.name not in self._inputs]
-        if place <= self.place or any(self._type(v) not in _PLAIN for v in alive):
+        if place <= self.place or not all(parts.can_be_kept(v, self._types) for v in alive):
             return
         names = [str(v.name) for v in alive]
         made = Path(tempfile.mkdtemp(dir=self._folder))
@@ -147,19 +127,6 @@ class Walk:
         else:
             yield from ({} for _ in range(len(self._dataset)))
 
-    def _weight_bytes(self) -> list[int]:
-        """For each place, what the weights before it take."""
-        nbytes = [0] * (len(self.order.nodes) + 1)
-        for node in graph.nodes(self._model):
-            held = {v: v.const_value for v in node.inputs if v is not None}
-            nbytes[self.order.place(node) + 1] += sum(
-                t.nbytes for t in held.values() if t is not None
-            )
-        return list(itertools.accumulate(nbytes))
-
-    def _type(self, v: ir.Value) -> ir.DataType | None:
-        return v.dtype or self._types.get(str(v.name))
-
     def _session(self, names: Sequence[str]) -> tuple[Any, list[str]]:
         """A session from what is here to `names`, and the names of its inputs."""
         model = self._model
@@ -171,14 +138,8 @@ class Walk:
             found = {str(v.name): v for n in model.graph for v in n.outputs if v.name}
             found |= {str(v.name): v for v in model.graph.inputs}
         starts = [found[n] for n in [*self._held, *self._inputs]]
-        part = ir.convenience.extract(model.graph, starts, [v for v in outputs if v is not None])
-        used = [v for v in part.inputs if v.uses() or v.is_graph_output()]
-        for v in used:
-            # Stated shapes of values inside a model are often wrong, and those of inputs are held to.
-            v.type = ir.TensorType(self._type(found[str(v.name)]) or ir.DataType.FLOAT)
-            v.shape = None
-        part.inputs[:] = used
-        made = ir.Model(part, ir_version=model.ir_version, functions=list(model.functions.values()))
+        ends = [v for v in outputs if v is not None]
+        made = parts.extract(model, starts, ends, self._types)
         for each in graph.graphs(made):
             for name, v in each.initializers.items():
                 if name in self._solved:
@@ -187,7 +148,7 @@ class Walk:
             path = files.save(made, Path(folder) / "part.onnx", external_data=True)
             mapped.release(self._model)
             session = runtime.session(path, threads=self._threads, accuracy_level=1, config=_CONFIG)
-        return session, [str(v.name) for v in used]
+        return session, [str(v.name) for v in made.graph.inputs]
 
 
 def _tensor(weight: Weight, q: Future[Any] | QTensor) -> ir.LazyTensor:
@@ -198,8 +159,7 @@ def _tensor(weight: Weight, q: Future[Any] | QTensor) -> ir.LazyTensor:
     def make() -> Array:
         solved = q.result() if isinstance(q, Future) else q
         whole = weight.matrix.back(solved.dequantize(), weight.dims)
-        for array in getattr(solved, "arrays", {}).values():
-            mapped.drop(array)
+        spool.drop(solved)
         return np.asarray(whole, held.dtype.numpy())
 
     return graph.lazy(make, held.dtype, weight.dims, weight.name)

@@ -26,7 +26,12 @@ def open_session(
 
 
 def logit_outputs(session: Any, wanted: Sequence[str]) -> list[str]:
-    """Names of the outputs that are predictions over classes.
+    """`predictions` among the outputs of a session."""
+    return predictions(session.get_outputs(), wanted)
+
+
+def predictions(outputs: Sequence[Any], wanted: Sequence[str]) -> list[str]:
+    """Names of those outputs, as a session declares them, that are predictions over classes.
 
     Those that the caller names, else every float output whose name contains "logits", "prob" or
     "scores" and whose last dimension is not known to be 1.
@@ -34,7 +39,6 @@ def logit_outputs(session: Any, wanted: Sequence[str]) -> list[str]:
     Raises:
         errors.InputError: QG121 where a wanted output does not exist or is not float.
     """
-    outputs = session.get_outputs()
     floats = [o for o in outputs if o.type in FLOAT_TYPES]
     for name in wanted:
         if name not in [o.name for o in floats]:

@@ -2,6 +2,7 @@
 
 items     weights that share a format, and the formats that the target takes for them
 costs     the error of each weight in each format, under the second moments of its inputs
+stretches running a large model with few of its weights in memory
 mixtures  what a mixture of formats costs at the outputs, measured
 losses    costs times measured gains
 knapsack  the choice within a budget, exactly
@@ -12,10 +13,11 @@ choosing  all of them, until the written file fits and the floors hold
 from __future__ import annotations
 
 from qgraph.mixed.asked import budgeted, is_mixed, require_data
-from qgraph.mixed.choosing import BudgetMissed, Chooser
+from qgraph.mixed.choosing import CHOOSING, BudgetMissed, Chooser
 from qgraph.mixed.telling import RULE, Choice
 
 __all__ = [
+    "CHOOSING",
     "RULE",
     "BudgetMissed",
     "Choice",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from qgraph import errors, files
+from qgraph import errors, files, workdir
 from qgraph.accuracy.search import evenly
 from qgraph.accuracy.trials import Trials
 from qgraph.auto import speed
@@ -29,7 +29,10 @@ from qgraph.mixed.items import Item, Option
 from qgraph.mixed.telling import Choice
 from qgraph.recipe import Recipe
 from qgraph.spool import Spool
+from qgraph.workdir import WorkDir
 
+CHOOSING = "choosing"
+"""Name of the part of a work folder for a choice that is not made yet."""
 SAMPLES = 16  # on which mixtures are measured
 _NEAR = 1e-4  # share of a budget that may be left over
 _AIMS = 6  # knapsacks solved until the floors just hold
@@ -65,6 +68,7 @@ class Chooser:
         write: see `Write`; asked only where the size or the time of the file is limited.
         max_seconds: when to stop measuring; what was found by then is taken.
         progress: called with what is being done and the share done.
+        kept: folder of finished work, or None: an interrupted choice goes on from it.
     """
 
     def __init__(
@@ -78,10 +82,11 @@ class Chooser:
         *,
         max_seconds: float,
         progress: Callable[[str, float], None] = lambda what, share: None,
+        kept: WorkDir | None = None,
     ) -> None:
         self._trials, self._model, self._recipe = trials, model, recipe
         self._dataset, self._floors = dataset, floors
-        self._write, self._progress = write, progress
+        self._write, self._progress, self._kept = write, progress, kept
         self._ends = time.monotonic() + max_seconds
         self._budget = recipe.budget
         self._has_goal = self._budget.is_set or floors.is_set
@@ -109,6 +114,7 @@ class Chooser:
         self._folder = tempfile.TemporaryDirectory(prefix="qgraph-mixed-")  # gone with the chooser
         folder = Path(self._folder.name)
         found = [w for item in self._items for w in item.weights]
+        work = self._work()
         samples = evenly(self._dataset, min(SAMPLES, len(self._dataset)))
         self._mixtures = mixtures.Mixtures(
             self._trials.model,
@@ -118,12 +124,14 @@ class Chooser:
             folder,
             ctx.threads,
             self._judge,
+            work,
         )
         if self._floors.is_set and not self._is_kl:
             self._measure = "floors"
         elif not self._mixtures.has_predictions:
             self._measure = "noise"
-        solved = costs.solve(self._trials.model, self._items, self._dataset, ctx, Spool(folder))
+        spool = Spool(folder)
+        solved = costs.solve(self._trials.model, self._items, self._dataset, ctx, spool, work)
         self._mixtures.know(solved)
         losses.measure(self._items, self._mixtures, self._progress, self._is_over)
         for item in self._items:
@@ -178,6 +186,13 @@ class Chooser:
         return errors.Diagnostic(
             "error", "QG332", str(self._floors), f"cannot be held: {reached}", hint
         )
+
+    def _work(self) -> WorkDir | None:
+        """Where weighed formats and measurements are kept."""
+        if self._kept is None:
+            return None
+        self._progress("reading the weights", -1)
+        return self._kept.part(CHOOSING, {"weights": workdir.digest(self._trials.model)})
 
     def _judge(self, outputs: Sequence[OutputError]) -> float:
         """What counts: the floors in units of what they allow, otherwise `mixtures.loss`."""

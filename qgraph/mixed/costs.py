@@ -7,17 +7,21 @@ are used, for what an error does at the outputs is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import calibrate, errors, registry
-from qgraph.calibrate import grams
+from qgraph import cuts, errors, mapped, registry
+from qgraph.calibrate import groups
+from qgraph.calibrate.sequence import Course
+from qgraph.calibrate.simulate import Simulated
+from qgraph.calibrate.twins import Doubles, Twins
 from qgraph.data import Dataset
 from qgraph.mixed.items import Item
-from qgraph.observers import Wanted
 from qgraph.passes import solve_weights
 from qgraph.pipeline import Context
 from qgraph.recipe import FLOAT, Rule
@@ -25,17 +29,24 @@ from qgraph.solver import Solver, WeightStats
 from qgraph.spec import Floats, QTensor, QuantSpec
 from qgraph.spool import Packed, Spool
 from qgraph.weights import Weight
+from qgraph.workdir import WorkDir
 
 QUICK = "gptq"
 """Stands in these trials for the solvers that see data; others are quick themselves."""
 _PART = 1 << 20  # elements of a weight that are weighed at once
-_MEMORY = 512 << 20  # bytes of Gram matrices at once
 
 
 def solve(
-    model: ir.Model, items: Sequence[Item], dataset: Dataset, ctx: Context, spool: Spool
+    model: ir.Model,
+    items: Sequence[Item],
+    dataset: Dataset,
+    ctx: Context,
+    spool: Spool,
+    work: WorkDir | None = None,
 ) -> dict[tuple[str, str], QTensor]:
     """Quantize every weight in every format of its item, and put the costs into the options.
+
+    The model is walked through block by block, as where its weights are solved for the file.
 
     Args:
         model: the float model.
@@ -43,6 +54,7 @@ def solve(
         dataset: samples.
         ctx: says how many threads, which options of solvers, and where progress goes.
         spool: where the quantized weights wait.
+        work: keeps the results of each block, and knows those from before an interruption; or None.
 
     Returns:
         By weight name and spec.
@@ -50,40 +62,32 @@ def solve(
     Raises:
         errors.InputError: QG401 for a weight, QG403 for inputs with NaN or Inf.
     """
-    wanted: dict[str, tuple[Weight, list[str]]] = {}
-    rules = {w.name: item.rule for item in items for w in item.weights}
+    wanted: dict[str, list[str]] = {}
     for item in items:
         for place, weight in enumerate(item.weights):
             specs = [o.specs[place] for o in item.options if o.specs[place] != FLOAT]
-            wanted[weight.name] = weight, list(dict.fromkeys(specs))
+            wanted[weight.name] = list(dict.fromkeys(specs))
+    found = [w for item in items for w in item.weights]
+    inputs = {w.name: i if isinstance(i := groups.inputs_of(w), tuple) else () for w in found}
+    blocks = groups.blocks(cuts.Order(model), found, inputs)
+    weighing = _Weighing({w.name: item.rule for item in items for w in item.weights}, wanted, ctx)
     solved: dict[tuple[str, str], QTensor] = {}
     costs: dict[tuple[str, str], float] = {}
-    solvers: dict[str, Solver] = {}
-    known = _with_grams(model, [w for w, _ in wanted.values()], dataset, ctx)
-    for done, (weight, gram) in enumerate(known):
-        ctx.progress(f"weighing formats of {weight.label}", done / len(wanted))
-        w = np.asarray(weight.read(), np.float32)
-        if not np.isfinite(w).all():
-            raise errors.InputError(
-                errors.Diagnostic(
-                    "error", "QG401", weight.label, "has NaN or Inf",
-                    f'repair the model, or keep it float with a rule: names = ["{weight.label}"], weights = "float"',
-                )
-            )  # fmt: skip
-        if gram is not None and not np.isfinite(gram).all():
-            raise errors.InputError(
-                errors.Diagnostic(
-                    "error", "QG403", weight.label, "its input has NaN or Inf", "leave such samples out"
-                )
-            )  # fmt: skip
-        stats = None if gram is None else WeightStats(np.diag(gram).astype(np.float32), gram)
-        name = _quick(rules[weight.name], is_blind=gram is None)
-        # Weights that share an input come one after the other: a solver keeps what it made of its Gram matrix.
-        solver = solvers[name] = solvers.get(name) or solve_weights.make_solver(name, ctx)
-        for text in wanted[weight.name][1]:
-            q = solver.solve(w, QuantSpec.parse(text), stats, np.random.default_rng(0))
-            costs[weight.name, text] = _weighed(w, q, gram)
-            solved[weight.name, text] = Packed(q, spool)
+    with tempfile.TemporaryDirectory(prefix="qgraph-walk-") as folder:
+        twins = Twins(Simulated(model, {}), dataset, Path(folder), ctx.threads, alone=True)
+        course = Course(twins, blocks, None if work is None else work.folder)
+        for number, block in enumerate(blocks):
+            held = _restored(number, spool, work)
+            if held is None:
+                ctx.progress(f"weighing formats, block {number + 1}", number / len(blocks))
+                held = list(weighing.block(block, course, spool))
+                _store(number, held, work)
+                course.finish(number)
+            else:
+                course.skip(number)
+            solved.update(((e.weight, e.spec), e.q) for e in held)
+            costs.update(((e.weight, e.spec), e.cost) for e in held)
+            mapped.release(model)
     for item in items:
         item.options = [
             replace(o, cost=sum(_cost(costs, w, s) for w, s in zip(item.weights, o.specs, strict=True)))
@@ -92,7 +96,100 @@ def solve(
     return solved
 
 
-def _weighed(w: Floats, q: QTensor, gram: grams.Doubles | None) -> float:
+@dataclass(frozen=True, slots=True)
+class _Weighed:
+    """One weight in one format."""
+
+    weight: str
+    spec: str
+    q: Packed
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """Weighs block after block."""
+
+    rules: Mapping[str, Rule]
+    wanted: Mapping[str, Sequence[str]]
+    ctx: Context
+    solvers: dict[str, Solver] = field(default_factory=dict)
+
+    def block(self, block: groups.Block, course: Course, spool: Spool) -> Iterator[_Weighed]:
+        """The weights of a block in all of their formats."""
+        for group in block.groups:
+            gram = _gram(course, group)
+            # Weights that share an input come one after the other: a solver keeps what it made of its Gram matrix.
+            for weight in group.weights:
+                yield from self._weight(weight, gram, spool)
+
+    def _weight(self, weight: Weight, gram: Doubles | None, spool: Spool) -> Iterator[_Weighed]:
+        w = np.asarray(weight.read(), np.float32)
+        _require_finite(weight, w, gram)
+        stats = None if gram is None else WeightStats(np.diag(gram).astype(np.float32), gram)
+        name = _quick(self.rules[weight.name], is_blind=gram is None)
+        solver = self.solvers.get(name) or solve_weights.make_solver(name, self.ctx)
+        self.solvers[name] = solver
+        for text in self.wanted[weight.name]:
+            q = solver.solve(w, QuantSpec.parse(text), stats, np.random.default_rng(0))
+            yield _Weighed(weight.name, text, Packed(q, spool), _weighed(w, q, gram))
+
+
+def _gram(course: Course, group: groups.Group) -> Doubles | None:
+    """The Gram matrix that a group of weights shares; None where there is none, or the data never reached them."""
+    if not group.inputs:
+        return None
+    whole, rest = course.collect(group)
+    whole.take(rest)
+    return whole.gram
+
+
+def _require_finite(weight: Weight, w: Floats, gram: Doubles | None) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        errors.InputError: QG401, QG403.
+    """
+    if not np.isfinite(w).all():
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG401", weight.label, "has NaN or Inf",
+                f'repair the model, or keep it float with a rule: names = ["{weight.label}"], weights = "float"',
+            )
+        )  # fmt: skip
+    if gram is not None and not np.isfinite(gram).all():
+        raise errors.InputError(
+            errors.Diagnostic(
+                "error", "QG403", weight.label, "its input has NaN or Inf", "leave such samples out"
+            )
+        )  # fmt: skip
+
+
+def _store(number: int, held: Sequence[_Weighed], work: WorkDir | None) -> None:
+    """Keep what a block's weights are in each format."""
+    if work is None:
+        return
+    facts = [{"weight": e.weight, "asked": e.spec, "cost": e.cost, **e.q.facts} for e in held]
+    arrays = {f"{i}.{n}": a for i, e in enumerate(held) for n, a in e.q.arrays.items()}
+    work.store(f"block-{number:04d}", arrays, {"weighed": facts})
+
+
+def _restored(number: int, spool: Spool, work: WorkDir | None) -> list[_Weighed] | None:
+    """What a block's weights are in each format, where it was finished before an interruption."""
+    kept = None if work is None else work.load(f"block-{number:04d}")
+    if kept is None:
+        return None
+    arrays, facts = kept
+    found = []
+    for index, each in enumerate(facts["weighed"]):
+        prefix = f"{index}."
+        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        q = Packed.restored(each, own, spool)
+        found.append(_Weighed(each["weight"], each["asked"], q, float(each["cost"])))
+    return found
+
+
+def _weighed(w: Floats, q: QTensor, gram: Doubles | None) -> float:
     """Σ e H eᵀ over the rows in float64, some of them at a time."""
     total = 0.0
     quantized = q.dequantize()
@@ -112,23 +209,3 @@ def _quick(rule: Rule, *, is_blind: bool) -> str:
     if registry.get("solver", rule.solver).statistics == "none":
         return rule.solver
     return "rtn" if is_blind else QUICK
-
-
-def _with_grams(
-    model: ir.Model, found: Sequence[Weight], dataset: Dataset, ctx: Context
-) -> Iterator[tuple[Weight, grams.Doubles | None]]:
-    """Each weight with the Gram matrix of its inputs, None where there is none."""
-    reading: list[tuple[Weight, tuple[str, ...]]] = []
-    for weight in found:
-        inputs = grams.inputs_of(weight)
-        if isinstance(inputs, str):
-            yield weight, None
-        else:
-            reading.append((weight, inputs))
-    for batch in grams.batches(reading, _MEMORY):
-        names = dict.fromkeys(n for _, inputs in batch for n in inputs)
-        wanted = dict.fromkeys(names, Wanted(gram=True))
-        stats = calibrate.run(model, dataset, wanted, threads=ctx.threads, progress=ctx.progress)
-        held = grams.Grams(stats)
-        for weight, inputs in batch:
-            yield weight, held.of(inputs)

@@ -13,7 +13,7 @@ import numpy as np
 
 from qgraph import graph, weights
 from qgraph.accuracy.trials import Trials, branch
-from qgraph.calibrate import grams
+from qgraph.calibrate import groups
 from qgraph.forms import matmul_nbits
 from qgraph.passes import assign_precision
 from qgraph.plan import Decision
@@ -83,19 +83,19 @@ def find(trials: Trials, recipe: Recipe) -> list[Item]:
     ties = recipe.budget.tie_readers
     if ties is None:
         ties = trials.context.target.fuses_readers
-    groups: dict[tuple[object, ...], list[Weight]] = {}
+    together: dict[tuple[object, ...], list[Weight]] = {}
     for weight in weights.find(trials.model):
         rule = assign_precision.match(recipe.rules, weight)[1]
         if rule is None or not rule.choices:
             continue
         if all(d[weight.name].spec is None for d in taken.values()):
             continue  # it stays float, and the plan will say why
-        inputs = grams.inputs_of(weight)
+        inputs = groups.inputs_of(weight)
         is_tied = ties and not isinstance(inputs, str) and len(weight.uses) == 1
         key = (inputs, rule.choices) if is_tied else (weight.name,)
-        groups.setdefault(key, []).append(weight)
+        together.setdefault(key, []).append(weight)
     found = []
-    for held in groups.values():
+    for held in together.values():
         rule = assign_precision.match(recipe.rules, held[0])[1]
         assert rule is not None
         item = Item(tuple(held), rule, sum(w.shape[0] * w.shape[1] for w in held))

@@ -6,7 +6,10 @@ the mixture before are written.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,18 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import files, graph, runtime
+from qgraph import files, graph, mapped, spool
 from qgraph.data import Feeds
-from qgraph.evaluate import sessions
 from qgraph.evaluate.comparison import OutputError
-from qgraph.evaluate.reference import Reference
+from qgraph.evaluate.reference import Expected
+from qgraph.mixed import stretches
 from qgraph.recipe import FLOAT
 from qgraph.spec import QTensor
 from qgraph.weights import Weight
+from qgraph.workdir import WorkDir
 
 Solved = Mapping[tuple[str, str], QTensor]
 """Quantized weights by name and spec."""
 Judge = Callable[[Sequence[OutputError]], float]
+_MEASURED = "measured"
+_SECONDS = 5.0  # between two writings of it
 WORST = 1e6
 """What outputs count that are not finite."""
 
@@ -41,6 +47,7 @@ class Mixtures:
         folder: an empty folder that outlives this.
         threads: of ONNX Runtime; 0 is one per core.
         judge: makes one number of what outputs lose.
+        work: keeps what was measured, and knows what was before an interruption; or None.
     """
 
     def __init__(
@@ -52,30 +59,32 @@ class Mixtures:
         folder: Path,
         threads: int,
         judge: Judge,
+        work: WorkDir | None = None,
     ) -> None:
-        self._judge = judge
-        self._folder, self._threads = folder, threads or os.cpu_count() or 1
+        self._judge, self._source = judge, model
         path = files.save(model, folder / "float.onnx", external_data=True)
-        self._config = runtime.mapped_weights(files.file_bytes(path))
-        self._reference = Reference(path, samples, logits, self._config)
-        self._starts = (0, 1) if len(samples) > 1 else (0, 0)
-        self._model = files.load(path)
-        values = {str(v.name): v for _, v in graph.initializers(self._model)}
+        mapped.release(model)
+        copy = files.load(path)
+        values = {str(v.name): v for _, v in graph.initializers(copy)}
         self._values = {w.name: values[w.name] for w in found}
         self._weights = {w.name: w for w in found}
         self._held = dict.fromkeys(self._weights, FLOAT)
+        self._runner = stretches.runner(copy, samples, folder, threads or os.cpu_count() or 1)
+        outputs = list(self._runner.outputs({}, keep=True))
+        self._expected = Expected(self._runner.declared, outputs, logits)
+        self._parts = min(2, len(outputs))
         self._solved: dict[tuple[str, str], QTensor] = {}
-        self._known: dict[frozenset[tuple[str, str]], tuple[float, float]] = {}
+        self._known = _Known(work)
 
     @property
     def measured(self) -> int:
         """How many mixtures were."""
-        return len(self._known)
+        return self._known.count
 
     @property
     def has_predictions(self) -> bool:
         """There is an output with predictions over classes, so there are KL divergences."""
-        return bool(self._reference.predictions)
+        return bool(self._expected.predictions)
 
     def know(self, solved: Solved) -> None:
         """Take in quantized weights, from which mixtures are made."""
@@ -87,18 +96,26 @@ class Mixtures:
 
     def halves(self, specs: Mapping[str, str]) -> tuple[float, float]:
         """The same on each half of the samples; twice the same where there is only one sample."""
-        key = frozenset((w, s) for w, s in specs.items() if s != FLOAT)
-        if key not in self._known:
-            for name in self._weights:
-                self._put(name, specs.get(name, FLOAT))
-            path = self._folder / "mixture.onnx"
-            ir.save(self._model, path)
-            session = sessions.open_session(str(path), threads=self._threads, config=self._config)
-            first, second = (
-                self._judge(self._reference.judge(session, start, 2)) for start in self._starts
-            )
-            self._known[key] = first, second
-        return self._known[key]
+        asked = {w: s for w, s in specs.items() if s != FLOAT}
+        found = self._known.get(asked)
+        if found is None:
+            found = self._measured(asked, keep=False)
+            self._known.add(asked, found)
+        return found
+
+    def stay_near(self, specs: Mapping[str, str]) -> None:
+        """Make ready to measure mixtures that differ from this one in few weights."""
+        asked = {w: s for w, s in specs.items() if s != FLOAT}
+        if self._runner.keeps:
+            self._known.add(asked, self._measured(asked, keep=True))
+
+    def _measured(self, specs: Mapping[str, str], *, keep: bool) -> tuple[float, float]:
+        for name in self._weights:
+            self._put(name, specs.get(name, FLOAT))
+        mapped.release(self._source)
+        outputs = self._runner.outputs(specs, keep=keep)
+        losses = [self._judge(each) for each in self._expected.judge(outputs, self._parts)]
+        return losses[0], losses[-1]
 
     def _put(self, name: str, spec: str) -> None:
         """Give a weight the values that it has under a spec."""
@@ -110,6 +127,8 @@ class Mixtures:
             if spec == FLOAT
             else weight.matrix.back(self._solved[name, spec].dequantize(), weight.dims)
         )
+        if spec != FLOAT:
+            spool.drop(self._solved[name, spec])
         held = value.const_value
         assert held is not None
         stored = np.ascontiguousarray(array, held.dtype.numpy())
@@ -121,6 +140,34 @@ class Mixtures:
         else:
             value.const_value = ir.tensor(stored, name=name)
         self._held[name] = spec
+
+
+class _Known:
+    """What was measured, by mixture; kept in a work folder every few seconds."""
+
+    def __init__(self, work: WorkDir | None) -> None:
+        self._work, self._stored = work, time.monotonic()
+        held = None if work is None else work.load(_MEASURED)
+        self._losses: dict[str, tuple[float, float]] = {}
+        if held is not None:
+            self._losses = {key: (a, b) for key, (a, b) in held[1].items()}
+
+    @property
+    def count(self) -> int:
+        return len(self._losses)
+
+    def get(self, specs: Mapping[str, str]) -> tuple[float, float] | None:
+        return self._losses.get(_key(specs))
+
+    def add(self, specs: Mapping[str, str], losses: tuple[float, float]) -> None:
+        self._losses[_key(specs)] = losses
+        if self._work is not None and time.monotonic() - self._stored > _SECONDS:
+            self._work.store(_MEASURED, {}, self._losses)
+            self._stored = time.monotonic()
+
+
+def _key(specs: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(specs.items())).encode()).hexdigest()
 
 
 def loss(outputs: Sequence[OutputError]) -> float:

@@ -72,6 +72,7 @@ def improve(
     best = Swaps(list(start), measured(start))
     in_vain = 0
     for turn in range(ROUNDS):
+        mixtures.stay_near(losses.mixture(items, best.chosen))
         steps = _steps(items, best, measured, turn % 2, is_over)
         if is_over():
             break

@@ -7,7 +7,7 @@ import pytest
 
 import qgraph
 from qgraph import files, registry, weights
-from qgraph.calibrate import grams
+from qgraph.calibrate import groups
 from qgraph.calibrate.groups import Group
 from qgraph.calibrate.simulate import Simulated
 from qgraph.calibrate.twins import Means, Twins, collect
@@ -50,7 +50,7 @@ def scaled(weight, factor):
 
 
 def group_of(weight):
-    inputs = grams.inputs_of(weight)
+    inputs = groups.inputs_of(weight)
     assert not isinstance(inputs, str)
     return Group((weight,), inputs, 0)
 

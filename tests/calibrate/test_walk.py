@@ -7,7 +7,7 @@ import pytest
 import qgraph
 from qgraph import cuts, files, graph, runtime, weights
 from qgraph import recipe as recipes
-from qgraph.calibrate import grams
+from qgraph.calibrate import groups
 from qgraph.calibrate import walk as walks
 from qgraph.calibrate.groups import Group
 from qgraph.calibrate.simulate import simulate
@@ -159,7 +159,7 @@ def test_solvers_see_rounded_inputs_and_what_rounding_lost(tmp_path):
         for w in weights.find(simulated.model)
         if w.uses[0].node.inputs[0].name in simulated.origins
     )
-    assert grams.inputs_of(weight) == (rounded,)
+    assert groups.inputs_of(weight) == (rounded,)
     origin = simulated.origins[rounded]
     means, rest = collect(twins, Group((weight,), (rounded,), 0))
     means.take(rest)

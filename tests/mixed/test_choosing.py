@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 import qgraph
 from qgraph import errors, files, graph, mixed, registry
 from qgraph.auto import timing
-from qgraph.mixed import times
+from qgraph.mixed import costs as mixed_costs
+from qgraph.mixed import mixtures, times
 from qgraph.passes.solvers import gptq
 
 QUICK = {"inspect": False, "verify": "ends"}
@@ -231,6 +233,53 @@ def test_interrupted_work_does_not_measure_again(net, samples, tmp_path, monkeyp
     result = made(net, rules, samples, path, avg_bits=4.5, work_dir=folder)
     assert path.read_bytes() == whole.read_bytes()
     assert result.report.mixed["front"]
+
+
+class Calls:
+    """Counts quick solves and measurements, and interrupts one of them."""
+
+    def __init__(self, monkeypatch):
+        self.count, self.at = Counter(), None
+        self._watch(
+            monkeypatch, gptq.Gptq, "solve", lambda solver: solver.name == mixed_costs.QUICK
+        )
+        self._watch(monkeypatch, mixtures.Mixtures, "_measured", lambda _: True)
+
+    def _watch(self, monkeypatch, owner, name, counts):
+        once = getattr(owner, name)
+
+        def watched(found, *args, **more):
+            if counts(found):
+                if self.at == (name, self.count[name]):
+                    raise KeyboardInterrupt
+                self.count[name] += 1
+            return once(found, *args, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+
+@pytest.mark.parametrize("at", [("solve", 17), ("_measured", 9)])
+def test_an_interrupted_choice_goes_on(net, samples, tmp_path, monkeypatch, at):
+    """What was weighed is not solved again, what was measured is not measured again, and the choice is the same."""
+    choices = ["uint2.g32.asym", "uint4.g32.asym", "int8.g32"]
+    rules = {"rules": [{"choices": choices, "solver": "round-descent"}]}
+    whole, path, folder = tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path / "work"
+    monkeypatch.setattr(mixtures, "_SECONDS", 0.0)
+    calls = Calls(monkeypatch)
+    made(net, rules, samples, whole, avg_bits=4.5)
+    solved, measured = calls.count["solve"], calls.count["_measured"]
+    calls.count.clear()
+    calls.at = at
+    with pytest.raises(KeyboardInterrupt):
+        made(net, rules, samples, path, avg_bits=4.5, work_dir=folder)
+    assert not path.exists()
+    calls.at = None
+    made(net, rules, samples, path, avg_bits=4.5, work_dir=folder)
+    assert path.read_bytes() == whole.read_bytes()
+    block = 3 * len(choices)  # a layer is solved again where it was interrupted
+    assert 0 <= calls.count["solve"] - solved < block
+    assert calls.count["_measured"] - measured <= 1  # the float model
+    assert not list(folder.iterdir())
 
 
 def test_a_budget_needs_choices_and_data(net, recipe, samples):

@@ -96,6 +96,9 @@ class Measured:
         both = 0.5 * (coarse[0] and coarse[1])
         return alone + both, alone + both * self.agree
 
+    def stay_near(self, specs):
+        self.near = specs
+
 
 class Named:
     def __init__(self, name):

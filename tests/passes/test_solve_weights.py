@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 import qgraph
-from qgraph import calibrate, errors, files, numerics, runtime, weights
-from qgraph.calibrate import grams
+from qgraph import errors, files, numerics, runtime, weights
+from qgraph.calibrate import groups
 from qgraph.models import data
 from qgraph.models.builder import BOOL, FLOAT, Builder
-from qgraph.observers import Wanted
 
 PURE = ["linear.sensitive_share=0.0"]
 
@@ -26,40 +25,11 @@ def linear(model):
 
 def test_weights_that_read_one_tensor_share_its_gram_matrix():
     model = files.load("zoo:tiny-llama")
-    found = {w.label: grams.inputs_of(w) for w in linear(model)}
+    found = {w.label: groups.inputs_of(w) for w in linear(model)}
     by_input: dict[tuple[str, ...] | str, int] = {}
     for inputs in found.values():
         by_input[inputs] = by_input.get(inputs, 0) + 1
     assert {1, 2, 3} <= set(by_input.values())  # down or output; gate and up; queries, keys, values
-
-
-def test_the_gram_matrix_is_the_mean_of_x_xt():
-    model = files.load("zoo:tiny-llama")
-    weight = linear(model)[0]
-    inputs = grams.inputs_of(weight)
-    assert not isinstance(inputs, str)
-    dataset = qgraph.data.load(samples(), qgraph.data.inputs_of(model))
-    stats = calibrate.run(model, dataset, dict.fromkeys(inputs, Wanted(gram=True)))
-    held = grams.Grams(stats)
-    gram = held.of(inputs)
-    assert gram is not None and gram is held.of(inputs)
-    assert gram.shape == (weight.shape[1],) * 2 and np.array_equal(gram, gram.T)
-    assert stats[inputs[0]].gram_rows == 4 * 128
-    assert np.linalg.eigvalsh(gram).min() > -1e-6 * np.trace(gram)
-
-
-def test_batches_keep_order_and_fit_where_they_can():
-    model = files.load("zoo:tiny-llama")
-    wanted = [(w, grams.inputs_of(w)) for w in linear(model)]
-    k = max(w.shape[1] for w, _ in wanted)
-    for limit in (0, 8 * k * k, 1 << 30):
-        found = list(grams.batches(wanted, limit))
-        assert [item for batch in found for item in batch] == wanted
-        for batch in found:
-            sizes = {i: w.shape[1] for w, inputs in batch for i in inputs}
-            nbytes = 8 * sum(size**2 for size in sizes.values())
-            assert nbytes <= limit or len(sizes) == 1
-    assert len(list(grams.batches(wanted, 1 << 30))) == 1
 
 
 def tiny_llama(recipe, **options):

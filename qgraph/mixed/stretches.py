@@ -1,0 +1,244 @@
+"""Running a model whose weights change, in one session or stretch by stretch, on the same samples again and again.
+
+A large model is cut at narrow points. Only the weights of one stretch are in memory, the values between stretches are
+on disk, and what lies before the first weight that differs from an earlier run is not run again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import cuts, files, graph, runtime
+from qgraph.calibrate import parts, types
+from qgraph.data import Array, Feeds
+from qgraph.evaluate import sessions
+
+WEIGHTS = 256 << 20
+"""Bytes of weights that a stretch may need, unless one operator alone needs more."""
+Specs = Mapping[str, str]
+"""Specs of the weights that are quantized, by name."""
+
+
+class Runner(Protocol):
+    """Runs a model as its file is now.
+
+    Attributes:
+        keeps: whether keeping a run makes others shorter.
+    """
+
+    keeps: bool
+
+    @property
+    def declared(self) -> list[Any]:
+        """The outputs as ONNX Runtime declares them; known after the first run."""
+
+    def outputs(self, specs: Specs, *, keep: bool = False) -> Iterator[list[Array]]:
+        """What the model gives for each sample.
+
+        Args:
+            specs: what its weights stand at: all that may differ from another run.
+            keep: the next ones will differ from this one in few weights.
+        """
+
+
+class Whole:
+    """One session for all of the model.
+
+    Args:
+        model: of a file in `folder`, whose data it points to.
+        samples: feeds.
+        folder: for a file.
+        threads: of ONNX Runtime.
+    """
+
+    keeps = False
+
+    def __init__(
+        self, model: ir.Model, samples: Sequence[Feeds], folder: Path, threads: int
+    ) -> None:
+        self._model, self._samples = model, samples
+        self._path, self._threads = folder / "whole.onnx", threads
+        self._declared: list[Any] = []
+
+    @property
+    def declared(self) -> list[Any]:
+        """See `Runner`."""
+        return self._declared
+
+    def outputs(self, specs: Specs, *, keep: bool = False) -> Iterator[list[Array]]:
+        """See `Runner`; nothing is kept, for all of it runs each time."""
+        ir.save(self._model, self._path)
+        session = sessions.open_session(str(self._path), threads=self._threads)
+        self._declared = session.get_outputs()
+        for feeds in self._samples:
+            yield session.run(None, feeds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    part: ir.Model
+    made: tuple[str, ...]  # values that it computes
+    kept: tuple[
+        str, ...
+    ]  # values on disk behind it: what is alive there, and outputs of the model that it computes
+
+    def store(self, place: Path, number: int, found: Mapping[str, Array]) -> None:
+        arrays: dict[str, Any] = {str(i): found[n] for i, n in enumerate(self.kept)}
+        with _file(place, number).open("wb") as stream:
+            np.savez(stream, **arrays)
+
+    def load(self, place: Path, number: int, names: Sequence[str]) -> dict[str, Array]:
+        with np.load(_file(place, number), allow_pickle=False) as held:
+            return {n: held[str(i)] for i, n in enumerate(self.kept) if n in names}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    specs: dict[str, str]
+    places: tuple[Path, ...]  # for each stretch, the folder of what is behind it
+
+
+class Stretches:
+    """A session for each stretch, one at a time.
+
+    Args:
+        model: of a file in `folder`, whose data it points to; nodes compute all of its outputs.
+        samples: feeds.
+        folder: for files.
+        threads: of ONNX Runtime.
+        config: entries for sessions.
+    """
+
+    keeps = True
+
+    def __init__(
+        self,
+        model: ir.Model,
+        samples: Sequence[Feeds],
+        folder: Path,
+        threads: int,
+        config: Mapping[str, str],
+    ) -> None:
+        self._model, self._samples = model, samples
+        self._path, self._threads, self._config = folder / "part.onnx", threads, dict(config)
+        self._folder = Path(tempfile.mkdtemp(prefix="values-", dir=folder))
+        self._order = cuts.Order(model)
+        self._known = types.infer(model)
+        self._weights = {str(v.name): v for _, v in graph.initializers(model)}
+        self._names = [str(v.name) for v in model.graph.outputs]
+        self._places = self._cut()
+        self._stretches = [self._stretch(a, b) for a, b in itertools.pairwise(self._places)]
+        self._kept: list[_Run] = []
+        self._declared: dict[str, Any] = {}
+
+    @property
+    def declared(self) -> list[Any]:
+        """See `Runner`."""
+        return [self._declared[name] for name in self._names]
+
+    def outputs(self, specs: Specs, *, keep: bool = False) -> Iterator[list[Array]]:
+        """See `Runner`; the first run and the last one to be kept are."""
+        agreed = [self._agreed(specs, run.specs) for run in self._kept]
+        first = max(agreed, default=0)
+        before = self._kept[agreed.index(first)].places[:first] if first else ()
+        rest = range(first, len(self._stretches))
+        places = (*before, *(Path(tempfile.mkdtemp(dir=self._folder)) for _ in rest))
+        if keep:
+            self._kept[1:] = [_Run(dict(specs), places)]
+        for number in rest:
+            self._run(number, places)
+        for number in range(len(self._samples)):
+            found: dict[str, Array] = {}
+            for stretch, place in zip(self._stretches, places, strict=True):
+                found |= stretch.load(place, number, self._names)
+            yield [found[name] for name in self._names]
+        self._forget()
+
+    def _run(self, number: int, places: Sequence[Path]) -> None:
+        """One stretch on all samples, from what is before it."""
+        stretch = self._stretches[number]
+        for _, v in graph.initializers(stretch.part):  # small ones are exchanged, not overwritten
+            v.const_value = self._weights[str(v.name)].const_value
+        ir.save(stretch.part, self._path)
+        session = sessions.open_session(str(self._path), threads=self._threads, config=self._config)
+        self._declared.update({o.name: o for o in session.get_outputs()})
+        needed = [i.name for i in session.get_inputs()]
+        for index, feeds in enumerate(self._samples):
+            found = dict(feeds)
+            if number:
+                before = self._stretches[number - 1]
+                found |= before.load(places[number - 1], index, before.kept)
+            got = session.run(stretch.made, {n: found[n] for n in needed})
+            found.update(zip(stretch.made, got, strict=True))
+            stretch.store(places[number], index, found)
+
+    def _agreed(self, specs: Specs, others: Specs) -> int:
+        """How many stretches, from the start, have the same weights in both."""
+        different = [n for n in {*specs, *others} if specs.get(n) != others.get(n)]
+        readers = (node for n in different for node, _ in self._weights[n].uses())
+        places = map(self._order.place, readers)
+        return min(
+            (bisect.bisect_right(self._places, place) - 1 for place in places),
+            default=len(self._stretches),
+        )
+
+    def _forget(self) -> None:
+        """Remove the values of runs that are not kept."""
+        held = {place for run in self._kept for place in run.places}
+        for path in self._folder.iterdir():
+            if path not in held:
+                shutil.rmtree(path)
+
+    def _cut(self) -> list[int]:
+        """Where stretches begin, and the end."""
+        order = self._order
+        end = max(order.made(v) for v in self._model.graph.outputs)
+        found = [0]
+        for place in cuts.stops(order, cuts.weight_bytes(self._model, order), 0, end, WEIGHTS):
+            alive = self._alive(place)
+            is_new = any(order.made(v) > found[-1] for v in alive)
+            if is_new and place < end and all(parts.can_be_kept(v, self._known) for v in alive):
+                found.append(place)
+        return [*found, end]
+
+    def _alive(self, place: int) -> list[ir.Value]:
+        return [v for v in self._order.alive(place) if not v.is_graph_input()]
+
+    def _stretch(self, start: int, end: int) -> _Stretch:
+        order, main = self._order, self._model.graph
+        outputs = (v for v in main.outputs if start < order.made(v) <= end)
+        kept = list(dict.fromkeys([*self._alive(end), *outputs]))
+        made = [v for v in kept if order.made(v) > start]
+        inputs = [v for v in main.inputs if not v.is_initializer()]
+        part = parts.extract(self._model, [*self._alive(start), *inputs], made, self._known)
+        return _Stretch(part, tuple(str(v.name) for v in made), tuple(str(v.name) for v in kept))
+
+
+def _file(place: Path, number: int) -> Path:
+    return place / f"{number:06d}.npz"
+
+
+def runner(model: ir.Model, samples: Sequence[Feeds], folder: Path, threads: int) -> Runner:
+    """What runs a model, by its size.
+
+    Args:
+        model: of a file in `folder`, whose data it points to.
+        samples: feeds.
+        folder: for files.
+        threads: of ONNX Runtime.
+    """
+    config = runtime.mapped_weights(files.weight_bytes(model))
+    # An output that no node computes would need no session; such models are small.
+    if not config or any(v.producer() is None for v in model.graph.outputs):
+        return Whole(model, samples, folder, threads)
+    return Stretches(model, samples, folder, threads, config)
