@@ -39,6 +39,7 @@ import solvers  # noqa: E402
 
 from qgraph import accuracy, data, files, pipeline, registry  # noqa: E402
 from qgraph import recipe as recipes  # noqa: E402
+from qgraph.evaluate import sessions  # noqa: E402
 from qgraph.mixed import costs, items, knapsack, losses, mixtures, swaps  # noqa: E402
 from qgraph.passes import assign_precision  # noqa: E402
 from qgraph.spec import QuantSpec  # noqa: E402
@@ -102,7 +103,7 @@ class Study:
         seen.mkdir()
         unseen.mkdir()
         few = given[:: max(len(given) // samples, 1)][:samples]
-        judged = list(itertools.islice(held_out(name), JUDGED[name]))
+        self.judged = judged = list(itertools.islice(held_out(name), JUDGED[name]))
         self.seen = mixtures.Mixtures(model, found, few, (), seen, 0, mixtures.loss)
         self.unseen = mixtures.Mixtures(model, found, judged, (), unseen, 0, mixtures.loss)
         costs.QUICK = solver
@@ -190,7 +191,9 @@ class Study:
             work, _ = self.trials.run(recipe, Spool(folder), inspect=False)
             output = files.save(work, Path(folder) / "q.onnx")
             int4_error._use_float_activations(output)
-            return mixtures.loss(self.unseen._reference.against(output))
+            session = sessions.open_session(output)
+            outputs = (session.run(None, feeds) for feeds in self.judged)
+            return mixtures.loss(self.unseen._expected.judge(outputs)[0])
 
 
 def recipe_of(formats: Sequence[str]) -> dict[str, Any]:
