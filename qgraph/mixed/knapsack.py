@@ -7,9 +7,13 @@ Or the other way round: the fewest bytes for which the loss is within a limit. B
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +63,14 @@ def solve(objective: Sequence[Sequence[float]], limits: Sequence[Limit]) -> list
             optimize.LinearConstraint(flat[None] / scale, -np.inf, top - _SLACK * abs(top))
         )
     cost = _flat(objective)
-    found = optimize.milp(
-        cost / max(float(np.abs(cost).max()), 1e-300),
-        constraints=constraints,
-        integrality=np.ones(size),
-        bounds=optimize.Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": _MOST_SECONDS},
-    )
+    with _stdout_as_stderr():  # HiGHS prints there what it thinks of its own subproblems
+        found = optimize.milp(
+            cost / max(float(np.abs(cost).max()), 1e-300),
+            constraints=constraints,
+            integrality=np.ones(size),
+            bounds=optimize.Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "time_limit": _MOST_SECONDS},
+        )
     if found.x is None:
         return None
     starts = np.cumsum([0, *counts])
@@ -80,6 +85,21 @@ def moves(objective: Sequence[Sequence[float]], chosen: Sequence[int], most: int
 
 def _flat(values: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     return np.concatenate([np.asarray(v, np.float64) for v in values])
+
+
+@contextlib.contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """What C code prints goes to standard error: standard output may be somebody's JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        library = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
+        library.fflush(None)  # what waits in buffers would be written after the change
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _scipy() -> tuple[Any, Any]:

@@ -58,6 +58,20 @@ def test_a_knapsack_that_nothing_fits_into():
     assert knapsack.solve([], []) == []
 
 
+def test_what_the_solver_prints_is_not_on_standard_output(tmp_path):
+    """HiGHS prints lines of its own at times, which would be among the JSON of --json."""
+    code = (
+        "import ctypes, scipy.optimize as o\n"
+        "from qgraph.mixed import knapsack\n"
+        "solve, libc = o.milp, ctypes.CDLL(None)\n"
+        "o.milp = lambda *a, **k: (libc.puts(b'from C'), solve(*a, **k))[1]\n"
+        "print('before')\n"
+        "print(knapsack.solve([[1.0, 0.0]], []))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "before\n[1]\n" and done.stderr == "from C\n"
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 20])
 def test_the_order_of_measuring_is_spread(count):
     order = losses._spread(count)
