@@ -28,6 +28,7 @@ INLINE_UNDER = (
     1024  # shape and scale constants stay in the model: ORT's shape inference reads them there
 )
 ALIGNMENT = 4096
+RELEASED = 256 << 20  # bytes of mapped weights that are read before their pages are given back
 IN_FLIGHT = 64 << 20  # bytes of lazy tensors that wait to be written
 MAX_IR_VERSION = 13
 
@@ -285,6 +286,8 @@ def save(
 
     def report(tensor: ir.TensorProtocol, _: Any) -> None:
         nonlocal done
+        if done % RELEASED + tensor.nbytes >= RELEASED:
+            mapped.release(model)
         done += tensor.nbytes
         if progress is not None:
             progress(tensor.name or "", min(1.0, done / max(total, 1)))

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +29,14 @@ Specs = Mapping[str, str]
 """Specs of the weights that are quantized, by name."""
 
 
+class Output(NamedTuple):
+    """An output as ONNX Runtime declares it; its own description would keep the session open."""
+
+    name: str
+    type: str
+    shape: list[Any]
+
+
 class Runner(Protocol):
     """Runs a model as its file is now.
 
@@ -39,8 +47,8 @@ class Runner(Protocol):
     keeps: bool
 
     @property
-    def declared(self) -> list[Any]:
-        """The outputs as ONNX Runtime declares them; known after the first run."""
+    def declared(self) -> list[Output]:
+        """The outputs; known after the first run."""
 
     def outputs(self, specs: Specs, *, keep: bool = False) -> Iterator[list[Array]]:
         """What the model gives for each sample.
@@ -68,10 +76,10 @@ class Whole:
     ) -> None:
         self._model, self._samples = model, samples
         self._path, self._threads = folder / "whole.onnx", threads
-        self._declared: list[Any] = []
+        self._declared: list[Output] = []
 
     @property
-    def declared(self) -> list[Any]:
+    def declared(self) -> list[Output]:
         """See `Runner`."""
         return self._declared
 
@@ -79,7 +87,7 @@ class Whole:
         """See `Runner`; nothing is kept, for all of it runs each time."""
         ir.save(self._model, self._path)
         session = sessions.open_session(str(self._path), threads=self._threads)
-        self._declared = session.get_outputs()
+        self._declared = _outputs(session)
         for feeds in self._samples:
             yield session.run(None, feeds)
 
@@ -139,10 +147,10 @@ class Stretches:
         self._places = self._cut()
         self._stretches = [self._stretch(a, b) for a, b in itertools.pairwise(self._places)]
         self._kept: list[_Run] = []
-        self._declared: dict[str, Any] = {}
+        self._declared: dict[str, Output] = {}
 
     @property
-    def declared(self) -> list[Any]:
+    def declared(self) -> list[Output]:
         """See `Runner`."""
         return [self._declared[name] for name in self._names]
 
@@ -171,7 +179,7 @@ class Stretches:
             v.const_value = self._weights[str(v.name)].const_value
         ir.save(stretch.part, self._path)
         session = sessions.open_session(str(self._path), threads=self._threads, config=self._config)
-        self._declared.update({o.name: o for o in session.get_outputs()})
+        self._declared.update({o.name: o for o in _outputs(session)})
         needed = [i.name for i in session.get_inputs()]
         for index, feeds in enumerate(self._samples):
             found = dict(feeds)
@@ -222,6 +230,10 @@ class Stretches:
         inputs = [v for v in main.inputs if not v.is_initializer()]
         part = parts.extract(self._model, [*self._alive(start), *inputs], made, self._known)
         return _Stretch(part, tuple(str(v.name) for v in made), tuple(str(v.name) for v in kept))
+
+
+def _outputs(session: Any) -> list[Output]:
+    return [Output(o.name, o.type, o.shape) for o in session.get_outputs()]
 
 
 def _file(place: Path, number: int) -> Path:
