@@ -1,6 +1,6 @@
 """Mixed precision against uniform formats and against the hand rule, at the same average bits.
 
-    python bench/mixed.py [--models tiny-llama,stories260K] [--bits 4.5,4,3] [--sequential] [--json FILE]
+    python bench/mixed.py [--models tiny-llama,stories260K] [--target ort-qgraph] [--bits 4.5,4,3] [--sequential]
 
 Models, samples and what is measured are those of bench/solvers.py: every MatMul is quantized, tables stay float, the
 figures are KL(float || quantized) of the weights alone on held-out text, in nats per token. All columns have the same
@@ -51,6 +51,7 @@ FORMATS = (
     "int4.g32.f16", "int4.g16.f16",
     "uint2.g64.asym", "uint2.g32.asym", "uint2.g16.asym", "uint4.g128.asym", "uint4.g64.asym",
     "uint4.g32.asym", "uint4.g16.asym", "int8.g128", "int8.g32",
+    "uint3.g128.asym.f16", "uint3.g64.asym.f16", "uint3.g32.asym.f16", "int3.g128.f16", "int3.g64.f16",
 )  # fmt: skip
 JUDGED = {"tiny-llama": 32, "tiny-gpt": 32, "stories260K": 60}  # texts that are measured
 MODELS = ("tiny-llama", "stories260K")
@@ -80,23 +81,28 @@ class Study:
         folder: an empty folder.
         samples: calibration samples on which mixtures are measured while choosing.
         solver: of all weights.
+        target: says which formats there are; not all take 3 bits.
     """
 
-    def __init__(self, name: str, folder: Path, samples: int, solver: str) -> None:
+    def __init__(
+        self, name: str, folder: Path, samples: int, solver: str, target: str = "ort"
+    ) -> None:
         path = int4_error._located(solvers.MODELS[name].path)
         self.model, self.name = files.load(path), name
         self.recipe = recipes.load(recipe_of(FORMATS))
         given = list(solvers.MODELS[name].samples())
         self.dataset = data.load(given, data.inputs_of(path))
-        target = registry.get("target", "ort")
         checkpoint = accuracy.Checkpoint(stops=True)
         passes = pipeline.Pipeline(self.recipe.pipeline)
-        ctx = pipeline.Context(target, self.recipe, data=self.dataset)
+        goal = registry.get("target", target)
+        ctx = pipeline.Context(goal, self.recipe, data=self.dataset)
         passes.run(files.load(path), ctx, [checkpoint])
         assert checkpoint.kept is not None
         self.trials = accuracy.Trials(passes, *checkpoint.kept)
         items._LEAST_PEAK = math.inf  # rivals with float32 scales too
         self.items = items.find(self.trials, self.recipe)
+        kept = {o.choice for item in self.items for o in item.options}
+        self.formats = [f for f in FORMATS if f in kept]
         found = [w for item in self.items for w in item.weights]
         model = self.trials.model
         seen, unseen = folder / "seen", folder / "unseen"
@@ -141,8 +147,8 @@ class Study:
 
     def rivals(self) -> dict[str, list[int]]:
         """What mixtures are compared with, by title: all uniform formats and hand rules."""
-        found = {f"uniform {f}": self.uniform(f) for f in FORMATS}
-        for low in FORMATS:
+        found = {f"uniform {f}": self.uniform(f) for f in self.formats}
+        for low in self.formats:
             if low.startswith("uint2"):
                 high = low.replace("uint2", "uint4")
             elif low.startswith("uint4"):
@@ -152,7 +158,7 @@ class Study:
                 continue
             found[f"hand {low}"] = self.hand(low, high)
         for scale in ("", ".f16"):
-            ladder = [f for f in FORMATS if "asym" in f and f.endswith(".f16") == bool(scale)]
+            ladder = [f for f in self.formats if "asym" in f and f.endswith(".f16") == bool(scale)]
             ladder = [
                 *sorted(ladder, key=lambda f: self.bits(self.uniform(f))),
                 f"int8.g128{scale}",
@@ -234,7 +240,7 @@ def spearman(study: Study, count: int) -> dict[str, Any]:
 def study(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One model."""
     start = time.process_time()
-    it = Study(name, folder, given.samples, given.solver)
+    it = Study(name, folder, given.samples, given.solver, given.target)
     took = time.process_time() - start
     print(
         f"{name}: {len(it.items)} weights, sensitivities took {took:.0f} processor seconds",
@@ -317,6 +323,7 @@ def main() -> None:
     parser.add_argument("--bits", default="4.5,4,3")
     parser.add_argument("--samples", type=int, default=16, help="on which mixtures are measured")
     parser.add_argument("--solver", default="round-descent")
+    parser.add_argument("--target", default="ort")
     parser.add_argument(
         "--rounds", type=int, default=swaps.ROUNDS, help="of knapsacks with measured steps"
     )

@@ -131,5 +131,5 @@ def _planned(model: ir.Model, ctx: Context) -> list[tuple[Weight, Decision]]:
 
 def _record(weight: Weight, decision: Decision, ctx: Context) -> None:
     assert decision.spec is not None
-    n, k = weight.shape
-    ctx.records[weight.name].update(stored_bytes=decision.spec.nbytes(n, k))
+    stored = ctx.target.nbytes(decision.spec, decision.forms, *weight.shape)
+    ctx.records[weight.name].update(stored_bytes=stored)

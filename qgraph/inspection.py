@@ -240,7 +240,7 @@ def forecast(model: ir.Model, target: str, recipe: str = "auto") -> Forecast:
             stays[f"{decision.code} {decision.reason}"] += 1
             continue
         specs[str(decision.spec)] += 1
-        nbytes += decision.spec.nbytes(*found[decision.value].shape)
+        nbytes += ctx.target.nbytes(decision.spec, decision.forms, *found[decision.value].shape)
     return Forecast(target, chosen.name, dict(specs), nbytes, dict(stays))
 
 

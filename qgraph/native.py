@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qgraph import errors
 from qgraph.runtime import library
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
@@ -97,7 +97,7 @@ def rtn_search(
     Args:
         w: [N, K] float32, C-contiguous, finite.
         group: columns that share a scale; 0 is the whole row. The last group may be short.
-        bits: 2, 4, 7 or 8.
+        bits: 2, 3, 4, 7 or 8.
         symmetric: codes -2^(bits-1)..2^(bits-1)-1 without zero point, else 0..2^bits-1 with one.
         importance: [K] float32, not negative; all ones by default.
         scale_dtype: "float32", or "float16" for scales that are exact in float16.
@@ -112,8 +112,8 @@ def rtn_search(
     _require(w, "w", np.float32, 2)
     w = np.require(w, requirements="A")  # weights of a mapped file may lie at any byte
     rows, columns = w.shape
-    if bits not in (2, 4, 7, 8):
-        raise ValueError(f"bits is {bits}, expected 2, 4, 7 or 8")
+    if bits not in (2, 3, 4, 7, 8):
+        raise ValueError(f"bits is {bits}, expected 2, 3, 4, 7 or 8")
     if group < 0:
         raise ValueError(f"group is {group}, expected 0 (the whole row) or more")
     if scale_dtype not in ("float32", "float16"):

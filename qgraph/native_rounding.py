@@ -41,7 +41,7 @@ class Rows:
         scale: [N, G] float32, one for each `group` columns.
         zero_point: [N, G] float32 whole numbers; zeros where codes are symmetric around 0.
         group: columns that share a scale; the last group may be short.
-        bits: 2, 4, 7 or 8.
+        bits: 2, 3, 4, 7 or 8.
         low, high: smallest and largest code.
         scale_dtype: "float32" or "float16".
     """

@@ -30,7 +30,8 @@ Floats = npt.NDArray[np.float32]
 class QType:
     """An integer type: codes qmin..qmax in `bits` bits, stored as the ONNX type `onnx_name`.
 
-    With 7 of 8 bits pairs of products fit into the 16-bit sums of CPUs without VNNI. 16 bits are for activations.
+    ONNX has no type of 3 bits; operators that take them have a layout of their own. With 7 of 8 bits pairs of products
+    fit into the 16-bit sums of CPUs without VNNI. 16 bits are for activations.
     """
 
     name: str
@@ -46,15 +47,26 @@ class QType:
 
     @property
     def dtype(self) -> ir.DataType:
-        """The onnx_ir data type."""
+        """The onnx_ir data type.
+
+        Raises:
+            ValueError: ONNX has none.
+        """
         import onnx_ir as ir
 
+        if not self.onnx_name:
+            raise ValueError(f"ONNX has no type for {self.name}")
         return ir.DataType[self.onnx_name]
 
     @property
     def stored_bits(self) -> int:
         """Bits of one code in a file."""
-        return int(self.onnx_name.removeprefix("U").removeprefix("INT"))
+        return 8 if self.bits == 7 else self.bits
+
+    @property
+    def packed_bits(self) -> int:
+        """Bits of one code where whole codes share a byte (`numerics.pack`)."""
+        return 4 if self.bits == 3 else self.stored_bits
 
     @property
     def container(self) -> type[np.integer[Any]]:
@@ -67,13 +79,14 @@ class QType:
 def _integers(*widths: int) -> dict[str, QType]:
     types = {}
     for bits in widths:
-        half, stored = 2 ** (bits - 1), 8 if bits == 7 else bits
-        types[f"int{bits}"] = QType(f"int{bits}", bits, -half, half - 1, f"INT{stored}")
-        types[f"uint{bits}"] = QType(f"uint{bits}", bits, 0, 2 * half - 1, f"UINT{stored}")
+        half = 2 ** (bits - 1)
+        stored = {3: "", 7: "INT8"}.get(bits, f"INT{bits}")
+        types[f"int{bits}"] = QType(f"int{bits}", bits, -half, half - 1, stored)
+        types[f"uint{bits}"] = QType(f"uint{bits}", bits, 0, 2 * half - 1, stored and f"U{stored}")
     return types
 
 
-QTYPES: dict[str, QType] = _integers(2, 4, 7, 8)
+QTYPES: dict[str, QType] = _integers(2, 3, 4, 7, 8)
 """The types of weights."""
 WIDE_QTYPES: dict[str, QType] = _integers(16)
 """Types of activations alone."""
@@ -118,9 +131,6 @@ class QuantSpec:
                 text.split(".")[0], known
             )
             what = "is not a quantization spec"
-            if match is not None and match["type"] in ("int3", "uint3"):
-                what = "has 3 bits, which neither ONNX nor an operator of any target stores"
-                hint = "write int4, in whose container 3-bit codes would save nothing, or int2"
             raise errors.RecipeError(errors.Diagnostic("error", "QG302", repr(text), what, hint))
         qtype = known[match["type"]]
         group = int(match["group"] or 0)

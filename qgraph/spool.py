@@ -31,7 +31,7 @@ class Packed(QTensor):
         zero_point = None if q.zero_point is None else spool.keep(q.zero_point)
         self._set(
             spec=q.spec,
-            packed=spool.keep_codes(q.codes, q.spec.qtype.stored_bits),
+            packed=spool.keep_codes(q.codes, q.spec.qtype.packed_bits),
             scale=spool.keep(q.scale),
             zero_point=zero_point,
             error=q.error,
@@ -76,7 +76,7 @@ class Packed(QTensor):
         """The codes [N, K], unpacked anew each time: hold them no longer than needed."""
         n, k = self.shape
         qtype = self.spec.qtype
-        flat = numerics.unpack(self.packed, qtype.stored_bits, n * k, signed=qtype.is_signed)
+        flat = numerics.unpack(self.packed, qtype.packed_bits, n * k, signed=qtype.is_signed)
         return flat.reshape(n, k)
 
     def stored_as(self, *, signed: bool) -> QTensor:

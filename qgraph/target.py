@@ -79,6 +79,10 @@ class Form(ABC):
         """How the codes lie in the file. Uses of one weight share one copy where their forms agree on it."""
         return self.name
 
+    def nbytes(self, spec: QuantSpec, n: int, k: int) -> int:
+        """What codes, scales and zero points of a [n, k] matrix take in the file, with padding."""
+        return spec.nbytes(n, k)
+
     def partners(self, use: Use) -> tuple[int, ...]:
         """Further inputs of the operator that hold weights and must be in this form too."""
         return ()
@@ -222,6 +226,11 @@ class Target:
     def form(self, name: str) -> Form:
         """The form of that name."""
         return next(f for forms in self.forms.values() for f in forms if f.name == name)
+
+    def nbytes(self, spec: QuantSpec, forms: Sequence[str], n: int, k: int) -> int:
+        """What a [n, k] matrix takes in the file where its uses have these forms; they share what is stored."""
+        named = [self.form(name) for name in forms if name]
+        return max((form.nbytes(spec, n, k) for form in named), default=spec.nbytes(n, k))
 
 
 def _mixed(form: Form, request: Request) -> str:

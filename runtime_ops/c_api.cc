@@ -43,7 +43,7 @@ int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64_t cols, i
                       int32_t bits, int32_t mode, int32_t scale_is_float16, const float* importance,
                       uint8_t* codes, float* scales, uint8_t* zero_points, double* row_error) {
   if (rows < 0 || cols < 0 || group < 1) return QG_INVALID_ARGUMENT;
-  if (!is_code_width(bits) && bits != 7) return QG_INVALID_ARGUMENT;  // 7 bits are stored in 8
+  if (!is_code_width(bits) && bits != 3 && bits != 7) return QG_INVALID_ARGUMENT;
   if (mode < QG_ASYMMETRIC || mode > QG_SYMMETRIC_SIGNED) return QG_INVALID_ARGUMENT;
   if (rows > 0 && row_error == nullptr) return QG_INVALID_ARGUMENT;
   const bool is_symmetric = mode != QG_ASYMMETRIC;

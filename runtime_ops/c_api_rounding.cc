@@ -7,7 +7,7 @@ namespace {
 using qgraph::Isa;
 
 bool is_valid(const QgRounding& g) {
-  const bool is_known = g.bits == 2 || g.bits == 4 || g.bits == 7 || g.bits == 8;
+  const bool is_known = (g.bits >= 2 && g.bits <= 4) || g.bits == 7 || g.bits == 8;
   if (g.rows < 0 || g.cols < 0 || g.group < 1 || !is_known) return false;
   const float span = static_cast<float>((1 << g.bits) - 1);
   const float least = g.codes_are_signed ? -static_cast<float>(1 << (g.bits - 1)) : 0.0f;

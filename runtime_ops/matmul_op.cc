@@ -1,8 +1,10 @@
-// ai.qgraph::MatMulInt4 and ai.qgraph::MatMulTernary: what ONNX Runtime calls.
+// ai.qgraph::MatMulInt4, MatMulInt3 and MatMulTernary: what ONNX Runtime calls.
 #include <utility>
 
 #include "cpu.h"
 #include "half_tensors.h"
+#include "int3.h"
+#include "packed_memory.h"
 #include "packed_node.h"
 
 namespace qgraph {
@@ -63,17 +65,27 @@ class MatMulNode : public PackedNode {
   const Kernels* kernels_;
 };
 
+// `is_narrow`: the file holds codes of 3 bits; constant ones are widened once.
 class MatMulInt4 : public MatMulNode {
  public:
   static constexpr const char* kName = "MatMulInt4";
   static constexpr ort::OrtElementType kInputs[] = {ort::kFloat, ort::kUint8, ort::kUndefined,
                                                     ort::kUint8, ort::kFloat};
 
-  explicit MatMulInt4(const NodeInfo& info) : MatMulNode(info, Format::kInt4, 5) {
+  explicit MatMulInt4(const NodeInfo& info, bool is_narrow = false)
+      : MatMulNode(info, Format::kInt4, 5), is_narrow_(is_narrow) {
     for (size_t i = 1; i < 5; ++i) {
       if (held_[i].is_constant) check_input(i, held_[i].tensor);
     }
-    for (size_t i = 1; i < 4; ++i) keep(i);
+    for (size_t i = is_narrow_ ? 2 : 1; i < 4; ++i) keep(i);
+    if (is_narrow_ && held_[1].is_constant) {
+      const Tensor& codes = held_[1].tensor;
+      shift_ = held_[3].is_constant ? shift_of(held_[3].tensor) : 0;
+      std::shared_ptr<uint8_t> wide = weight_memory(wide_bytes());
+      widen(codes, shift_, wide.get());
+      give_back(codes.data, static_cast<size_t>(codes.nbytes()));
+      held_[1].copy = std::move(wide);
+    }
   }
 
   void run(const Run& run) const {
@@ -83,10 +95,15 @@ class MatMulInt4 : public MatMulNode {
     for (const auto& [index, held] : all) {
       if (!held->is_constant) check_input(index, held->tensor);
     }
+    std::vector<uint8_t> wide;
+    if (is_narrow_ && !codes.is_constant) {
+      wide.resize(wide_bytes());
+      widen(codes.tensor, 0, wide.data());
+    }
     const auto* values = static_cast<const uint8_t*>(points.data());
     std::vector<uint8_t> spread;
     if (is_single(points.tensor)) {
-      if (values[0] == kInt4Middle) {
+      if (values[0] + shift_ == kInt4Middle) {
         values = nullptr;
       } else {
         spread.assign(static_cast<size_t>(plan_.tiles * plan_.groups * kTileRows), values[0]);
@@ -94,15 +111,42 @@ class MatMulInt4 : public MatMulNode {
       }
     }
     multiply(run,
-             {static_cast<const uint8_t*>(codes.data()), scales.data(),
+             {wide.empty() ? static_cast<const uint8_t*>(codes.data()) : wide.data(), scales.data(),
               scales.tensor.type == ort::kFloat16, values, nullptr},
              bias.tensor);
   }
 
  private:
   void check_input(size_t index, const Tensor& t) const {
-    index < 4 ? check_int4(index, t) : require_row(t, "bias");
+    if (index == 1 && is_narrow_) {
+      require_dims(t, "codes", ort::kUint8, {plan_.tiles, (plan_.steps + 1) / 2, kInt3Bytes});
+    } else {
+      index < 4 ? check_int4(index, t) : require_row(t, "bias");
+    }
   }
+
+  // What makes the one zero point of all groups that for which kernels need none.
+  int shift_of(const Tensor& points) const {
+    const int point = is_single(points) ? *static_cast<const uint8_t*>(points.data) : kInt4Middle;
+    return point < kInt4Middle ? kInt4Middle - point : 0;
+  }
+
+  size_t wide_bytes() const { return static_cast<size_t>(plan_.tiles * plan_.steps * kTileBytes); }
+
+  void widen(const Tensor& codes, int shift, uint8_t* wide) const {
+    widen_int3(static_cast<const uint8_t*>(codes.data), plan_.tiles, plan_.steps,
+               static_cast<uint8_t>(shift), wide);
+  }
+
+  bool is_narrow_;
+  int shift_ = 0;  // added to each code
+};
+
+class MatMulInt3 : public MatMulInt4 {
+ public:
+  static constexpr const char* kName = "MatMulInt3";
+
+  explicit MatMulInt3(const NodeInfo& info) : MatMulInt4(info, true) {}
 };
 
 class MatMulTernary : public MatMulNode {
@@ -161,10 +205,14 @@ class MatMulTernary : public MatMulNode {
 std::vector<const ort::OrtCustomOp*> matmul_ops(const ort::OrtApi* api) {
   static Op<MatMulInt4> int4;
   static Op<MatMulInt4, ort::kFloat16> int4_half;
+  static Op<MatMulInt3> int3;
+  static Op<MatMulInt3, ort::kFloat16> int3_half;
   static Op<MatMulTernary> ternary;
   static Op<MatMulTernary, ort::kFloat16> ternary_half;
-  int4.shape_api = int4_half.shape_api = ternary.shape_api = ternary_half.shape_api = api;
-  return {&int4, &int4_half, &ternary, &ternary_half};
+  int4.shape_api = int4_half.shape_api = api;
+  int3.shape_api = int3_half.shape_api = api;
+  ternary.shape_api = ternary_half.shape_api = api;
+  return {&int4, &int4_half, &int3, &int3_half, &ternary, &ternary_half};
 }
 
 }  // namespace qgraph

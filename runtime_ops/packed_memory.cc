@@ -1,5 +1,15 @@
 #include "packed_memory.h"
 
+namespace qgraph {
+namespace {
+
+std::shared_ptr<uint8_t> heap(size_t nbytes) {
+  return std::shared_ptr<uint8_t>(new uint8_t[nbytes], std::default_delete<uint8_t[]>());
+}
+
+}  // namespace
+}  // namespace qgraph
+
 #if defined(__linux__)
 
 #include <sys/mman.h>
@@ -54,18 +64,21 @@ bool is_file_backed(uintptr_t start, uintptr_t end) {
   return is_backed;
 }
 
+// Whole pages inside a file-backed range only; the others belong to its neighbours too.
+void drop_pages(uintptr_t start, uintptr_t end) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t low = (start + page - 1) / page * page;
+  const uintptr_t high = end / page * page;
+  if (high > low) madvise(reinterpret_cast<void*>(low), high - low, MADV_DONTNEED);
+}
+
 void copy(const uint8_t* from, uint8_t* to, size_t nbytes) {
   const auto start = reinterpret_cast<uintptr_t>(from);
   const bool drops = is_file_backed(start, start + nbytes);
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   for (size_t at = 0; at < nbytes; at += kPiece) {
     const size_t count = nbytes - at < kPiece ? nbytes - at : kPiece;
     std::memcpy(to + at, from + at, count);
-    if (!drops) continue;
-    // Whole pages inside the weight only; the others belong to its neighbours too.
-    const uintptr_t low = (start + page - 1) / page * page;
-    const uintptr_t high = (start + at + count) / page * page;
-    if (high > low) madvise(reinterpret_cast<void*>(low), high - low, MADV_DONTNEED);
+    if (drops) drop_pages(start, start + at + count);
   }
 }
 
@@ -74,7 +87,8 @@ struct Region {
   size_t nbytes;
 };
 
-std::shared_ptr<const void> make_copy(const void* data, size_t nbytes) {
+// Memory in huge pages, or null where the system gives none; `whole` is what was mapped.
+std::shared_ptr<uint8_t> huge_pages(size_t nbytes, Region* whole) {
   const size_t reserved = nbytes + kHugePage;
   void* base = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return nullptr;
@@ -82,11 +96,19 @@ std::shared_ptr<const void> make_copy(const void* data, size_t nbytes) {
   auto* aligned = reinterpret_cast<uint8_t*>((address + kHugePage - 1) / kHugePage * kHugePage);
   // The last pages stay small, so that rounding up wastes nothing.
   madvise(aligned, nbytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-  copy(static_cast<const uint8_t*>(data), aligned, nbytes);
-  mprotect(base, reserved, PROT_READ);
   const Region region{base, reserved};
-  return std::shared_ptr<const void>(aligned,
-                                     [region](const void*) { munmap(region.base, region.nbytes); });
+  if (whole != nullptr) *whole = region;
+  return std::shared_ptr<uint8_t>(aligned,
+                                  [region](uint8_t*) { munmap(region.base, region.nbytes); });
+}
+
+std::shared_ptr<const void> make_copy(const void* data, size_t nbytes) {
+  Region whole{};
+  const std::shared_ptr<uint8_t> made = huge_pages(nbytes, &whole);
+  if (made == nullptr) return nullptr;
+  copy(static_cast<const uint8_t*>(data), made.get(), nbytes);
+  mprotect(whole.base, whole.nbytes, PROT_READ);
+  return made;
 }
 
 // Every copy that somebody holds, by what it was copied from.
@@ -111,6 +133,16 @@ std::shared_ptr<const void> huge_copy(const void* data, size_t nbytes) {
   return found;
 }
 
+std::shared_ptr<uint8_t> weight_memory(size_t nbytes) {
+  std::shared_ptr<uint8_t> found = nbytes < kSmall ? nullptr : huge_pages(nbytes, nullptr);
+  return found != nullptr ? found : heap(nbytes);
+}
+
+void give_back(const void* data, size_t nbytes) {
+  const auto start = reinterpret_cast<uintptr_t>(data);
+  if (is_file_backed(start, start + nbytes)) drop_pages(start, start + nbytes);
+}
+
 std::shared_ptr<const void> known_copy(const void* data, size_t nbytes) {
   const std::lock_guard<std::mutex> lock(copies().mutex);
   const auto at = copies().held.find({data, nbytes});
@@ -125,6 +157,8 @@ namespace qgraph {
 
 std::shared_ptr<const void> huge_copy(const void*, size_t) { return nullptr; }
 std::shared_ptr<const void> known_copy(const void*, size_t) { return nullptr; }
+std::shared_ptr<uint8_t> weight_memory(size_t nbytes) { return heap(nbytes); }
+void give_back(const void*, size_t) {}
 
 }  // namespace qgraph
 

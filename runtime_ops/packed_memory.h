@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 namespace qgraph {
@@ -15,6 +16,13 @@ namespace qgraph {
 // of them lives. Null where the range is small, where mapped weights were asked for, or where the
 // system gives no memory: then read the range itself.
 std::shared_ptr<const void> huge_copy(const void* data, size_t nbytes);
+
+// Memory for a weight that is computed from another form of it: huge pages where they pay.
+std::shared_ptr<uint8_t> weight_memory(size_t nbytes);
+
+// Say that [data, data + nbytes) will hardly be read again: pages of a file's mapping are given
+// back, any other memory is left alone.
+void give_back(const void* data, size_t nbytes);
 
 // The copy of that range that somebody holds, or null.
 std::shared_ptr<const void> known_copy(const void* data, size_t nbytes);

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define QG_ABI_VERSION 5
+#define QG_ABI_VERSION 6
 
 #define QG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -34,8 +34,8 @@ QG_EXPORT const char* qg_isa_problem(void);
 // Quantizes w [rows, cols] in groups of `group` along each row (the last may be short) and writes
 // codes [rows, cols], scales and (asymmetric only) zero_points [rows, ceil(cols / group)], and the
 // sum of importance * (w - quantized)^2 of each row. importance [cols] may be null (all ones).
-// bits is 2, 4, 7 or 8. isa is a number from above, or -1 for the one in use. kernels/rtn_search.h
-// says how.
+// bits is 2, 3, 4, 7 or 8. isa is a number from above, or -1 for the one in use.
+// kernels/rtn_search.h says how.
 QG_EXPORT int32_t qg_rtn_search(int32_t isa, const float* w, int64_t rows, int64_t cols,
                                 int64_t group, int32_t bits, int32_t mode, int32_t scale_is_float16,
                                 const float* importance, uint8_t* codes, float* scales,

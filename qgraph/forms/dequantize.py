@@ -32,6 +32,8 @@ class Dequantize(Form):
             return "quantizes weights only"
         if request.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             return f"DequantizeLinear gives no {request.dtype.name}"
+        if not request.spec.qtype.onnx_name:
+            return f"ONNX has no type for {request.spec.qtype.name}"
         matrix, dims = _stored(request.use, request.dims, request.tied)
         form = matrix.onnx_form(request.spec, dims)
         return form if isinstance(form, str) else ""

@@ -60,6 +60,10 @@ class GatherBlock(Form):
         """Those of MatMulNBits."""
         return ("nbits", request.spec.group)
 
+    def nbytes(self, spec: QuantSpec, n: int, k: int) -> int:
+        """That of MatMulNBits."""
+        return matmul_nbits.packed_bytes(spec, n, k)
+
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
     ) -> ir.Node:

@@ -57,6 +57,10 @@ class GatherInt4(Form):
         """That of MatMulInt4."""
         return matmul_int4.tiles(request)
 
+    def nbytes(self, spec: QuantSpec, n: int, k: int) -> int:
+        """That of MatMulInt4."""
+        return matmul_int4.packed_bytes(spec, n, k)
+
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
     ) -> ir.Node:

@@ -9,7 +9,7 @@ folds when it loads the file.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,8 +46,8 @@ class MatMulNBits(Form):
             return f"takes no {request.dtype.name}"
         if len(request.dims) != 2:
             return f"takes a 2-D weight, this one is {len(request.dims)}-D"
-        if spec.qtype.bits == 7:
-            return "takes 2, 4 or 8 bits, not 7"
+        if spec.qtype.bits in (3, 7):
+            return f"takes 2, 4 or 8 bits, not {spec.qtype.bits}"
         if spec.is_per_tensor:
             return "has no per-tensor scale; use .ch or a group"
         if spec.group and spec.group not in BLOCKS:
@@ -67,6 +67,10 @@ class MatMulNBits(Form):
     def layout(self, request: Request) -> Hashable:
         """Rows of whole blocks."""
         return ("nbits", block_of(request.spec, request.use.matrix.shape(request.dims)[1]))
+
+    def nbytes(self, spec: QuantSpec, n: int, k: int) -> int:
+        """Rows of whole blocks; zero points of a row in whole bytes."""
+        return packed_bytes(spec, n, k)
 
     def write(
         self, writer: Writer, weight: Weight, use: Use, q: QTensor, activation: QuantSpec | None
@@ -124,6 +128,15 @@ def block_of(spec: QuantSpec, k: int) -> int:
     if spec.group:
         return spec.group
     return next((b for b in BLOCKS if b >= k), 128)
+
+
+def packed_bytes(spec: QuantSpec, n: int, k: int) -> int:
+    """What `packed_constants` of a [n, k] matrix take."""
+    block = block_of(spec, k)
+    blocks = -(-k // block)
+    whole = replace(spec, block=(1, block), symmetric=True)
+    points = 0 if spec.symmetric else n * -(-blocks * spec.qtype.stored_bits // 8)
+    return whole.nbytes(n, blocks * block) + points
 
 
 def packed_constants(writer: Writer, weight: Weight, q: QTensor, block: int) -> list[ir.Value]:

@@ -42,6 +42,11 @@ class MatMulTernary(MatMulPacked):
             return "the weight has other values than -s, 0 and s in a row"
         return ""
 
+    def nbytes(self, spec: QuantSpec, n: int, k: int) -> int:
+        """Whole tiles and a scale for each row."""
+        tiles = layout.padded(n, layout.ROWS) * layout.padded(k, layout.TERNARY_STEP)
+        return tiles // 4 + 4 * n
+
     def rounding(self, spec: QuantSpec) -> Rounding | None:
         """Whole rows."""
         return Rounding(self.activation_bits, 0) if self.activation_bits else None

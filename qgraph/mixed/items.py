@@ -14,15 +14,14 @@ import numpy as np
 from qgraph import graph, weights
 from qgraph.accuracy.trials import Trials, branch
 from qgraph.calibrate import groups
-from qgraph.forms import matmul_nbits
 from qgraph.passes import assign_precision
 from qgraph.plan import Decision
 from qgraph.recipe import FLOAT, Recipe, Rule
+from qgraph.target import Target
 from qgraph.weights import Weight
 
 _LEAST_PEAK = 2.0**-10
 """Of weights below it, float16 scales may be so small that they are rounded more than the codes."""
-_BLOCKED = frozenset({"matmul-nbits", "gather-block"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +98,9 @@ def find(trials: Trials, recipe: Recipe) -> list[Item]:
         rule = assign_precision.match(recipe.rules, held[0])[1]
         assert rule is not None
         item = Item(tuple(held), rule, sum(w.shape[0] * w.shape[1] for w in held))
-        item.usual = sum(stored_bytes(w, usual[w.name]) for w in held)
-        item.options = _options(item, taken)
+        target = trials.context.target
+        item.usual = sum(stored_bytes(target, w, usual[w.name]) for w in held)
+        item.options = _options(target, item, taken)
         if item.options:
             found.append(item)
     return found
@@ -122,7 +122,9 @@ def _decided(trials: Trials, recipe: Recipe) -> Mapping[str, Decision]:
     return ctx.plan.decisions
 
 
-def _options(item: Item, taken: Mapping[str, Mapping[str, Decision]]) -> list[Option]:
+def _options(
+    target: Target, item: Item, taken: Mapping[str, Mapping[str, Decision]]
+) -> list[Option]:
     """What all weights of an item can have, each of its choices once, by bytes."""
     found: dict[tuple[str, ...], Option] = {}
     for text in item.rule.choices:
@@ -134,7 +136,8 @@ def _options(item: Item, taken: Mapping[str, Mapping[str, Decision]]) -> list[Op
         if any(d.spec is None for d in decisions):
             continue
         specs = tuple(str(d.spec) for d in decisions)
-        nbytes = sum(map(stored_bytes, item.weights, decisions))
+        both = zip(item.weights, decisions, strict=True)
+        nbytes = sum(stored_bytes(target, weight, decision) for weight, decision in both)
         found.setdefault(specs, Option(text, specs, nbytes))
     return sorted(_without_twins(item, found), key=lambda o: o.nbytes)
 
@@ -148,19 +151,11 @@ def _without_twins(item: Item, found: Mapping[tuple[str, ...], Option]) -> Seque
     return [o for specs, o in found.items() if specs not in wide]
 
 
-def stored_bytes(weight: Weight, decision: Decision) -> int:
+def stored_bytes(target: Target, weight: Weight, decision: Decision) -> int:
     """Codes, scales and zero points in the file, with the padding of the form that holds them."""
-    spec = decision.spec
-    if spec is None:
+    if decision.spec is None:
         return weight.nbytes
-    n, k = weight.shape
-    if not _BLOCKED & set(decision.forms):
-        return spec.nbytes(n, k)
-    block = matmul_nbits.block_of(spec, k)
-    whole = replace(spec, block=(1, block), symmetric=True)
-    blocks = -(-k // block)
-    points = 0 if spec.symmetric else n * -(-blocks * spec.qtype.stored_bits // 8)
-    return whole.nbytes(n, blocks * block) + points
+    return target.nbytes(decision.spec, decision.forms, *weight.shape)
 
 
 def total(items: Sequence[Item], chosen: Sequence[int]) -> int:

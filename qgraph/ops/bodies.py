@@ -11,7 +11,7 @@ Activations are rounded in blocks of `activation_block` along K (0 is the whole 
 Activations and results are float32 or float16, computed in float32 and rounded once; GatherInt4 gives float32.
 
 No input is optional: runtimes up to 1.23 crash on absent inputs, and a body cannot ask for them. A bias of [1] with 0
-and zero points of [1, 1, 1] with 8 stand for none.
+and zero points of [1, 1, 1] with 8 (4 for 3 bits) stand for none.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _CUT = """
     W = Slice (w_all, start, end, axes)
 """
 
-_INT4_WEIGHTS = """
+_INT4_CODES = """
     nibble = Constant <value: tensor = uint8 {15}> ()
     shift = Constant <value: tensor = uint8 {4}> ()
     low = BitwiseAnd (codes, nibble)
@@ -102,8 +102,40 @@ _INT4_WEIGHTS = """
     tiled_shape = Constant <value_ints: ints = [0, 0, 1, 16, 4]> ()
     low_tiled = Reshape (low, tiled_shape)
     high_tiled = Reshape (high, tiled_shape)
-    halves = Concat <axis: int = 2> (low_tiled, high_tiled)
-    rows = Transpose <perm: ints = [0, 3, 1, 2, 4]> (halves)
+    fields = Concat <axis: int = 2> (low_tiled, high_tiled)
+"""
+
+_INT3_CODES = """
+    byte_axis = Constant <value_ints: ints = [2]> ()
+    bytes_0 = Constant <value_ints: ints = [0]> ()
+    bytes_64 = Constant <value_ints: ints = [64]> ()
+    bytes_96 = Constant <value_ints: ints = [96]> ()
+    low_bytes = Slice (codes, bytes_0, bytes_64, byte_axis)
+    high_bytes = Slice (codes, bytes_64, bytes_96, byte_axis)
+    low_shape = Constant <value_ints: ints = [0, 0, 1, 64]> ()
+    high_shape = Constant <value_ints: ints = [0, 0, 1, 32]> ()
+    low_by_field = Reshape (low_bytes, low_shape)
+    high_by_field = Reshape (high_bytes, high_shape)
+    low_shifts = Constant <value: tensor = uint8[4, 1] {0, 2, 4, 6}> ()
+    first_shifts = Constant <value: tensor = uint8[4, 1] {0, 1, 2, 3}> ()
+    second_shifts = Constant <value: tensor = uint8[4, 1] {4, 5, 6, 7}> ()
+    low_shifted = BitShift <direction: string = "RIGHT"> (low_by_field, low_shifts)
+    first_shifted = BitShift <direction: string = "RIGHT"> (high_by_field, first_shifts)
+    second_shifted = BitShift <direction: string = "RIGHT"> (high_by_field, second_shifts)
+    high_shifted = Concat <axis: int = 3> (first_shifted, second_shifted)
+    low_mask = Constant <value: tensor = uint8 {3}> ()
+    high_mask = Constant <value: tensor = uint8 {1}> ()
+    high_place = Constant <value: tensor = uint8 {2}> ()
+    low_bits = BitwiseAnd (low_shifted, low_mask)
+    high_bit = BitwiseAnd (high_shifted, high_mask)
+    high_bits = BitShift <direction: string = "LEFT"> (high_bit, high_place)
+    flat_fields = BitwiseOr (low_bits, high_bits)
+    tiled_shape = Constant <value_ints: ints = [0, 0, 4, 16, 4]> ()
+    fields = Reshape (flat_fields, tiled_shape)
+"""
+
+_GROUPED_WEIGHTS = """
+    rows = Transpose <perm: ints = [0, 3, 1, 2, 4]> (fields)
     groups = Shape <start: int = 1, end: int = 2> (scales)
     tile_rows = Constant <value_ints: ints = [0, 16]> ()
     rest = Constant <value_ints: ints = [-1]> ()
@@ -253,7 +285,18 @@ _BODIES = {
         "<K, N, block_size, activation_bits, activation_block> (X, codes, scales, zero_points, bias) => (Y)",
         "x_shape = Shape (X)\n"
         + _ROUNDED
-        + _INT4_WEIGHTS
+        + _INT4_CODES
+        + _GROUPED_WEIGHTS
+        + _CUT
+        + _PRODUCT
+        + "Y32 = Add (product, bias)\nY = CastLike (Y32, X)",
+    ),
+    "MatMulInt3": (
+        "<K, N, block_size, activation_bits, activation_block> (X, codes, scales, zero_points, bias) => (Y)",
+        "x_shape = Shape (X)\n"
+        + _ROUNDED
+        + _INT3_CODES
+        + _GROUPED_WEIGHTS
         + _CUT
         + _PRODUCT
         + "Y32 = Add (product, bias)\nY = CastLike (Y32, X)",

@@ -4,6 +4,8 @@ A weight W[N, K] is padded to whole tiles of rows and to whole steps (groups, wh
 
     INT4     codes uint8 [N/16, K/8, 64]     byte 4r + j of tile t, step s holds W[16t + r, 8s + j] in its low nibble
                                              and W[16t + r, 8s + 4 + j] in its high nibble; code 0..15
+    INT3     codes uint8 [N/16, K/16, 96]    bytes 0..63 hold the low two bits as for ternary, byte 64 + i the high bits
+                                             of bytes i and i + 32 of these: field f in bit f and in bit 4 + f
     ternary  codes uint8 [N/16, K/16, 64]    byte 4r + j holds W[16t + r, 16s + 4f + j] + 1 in bits 2f, 2f + 1
     scales, zero points [N/16, K/g, 16]      of the 16 rows of a tile, one group after the other
 
@@ -21,7 +23,8 @@ import numpy.typing as npt
 ROWS = 16
 INT4_STEP = 8
 TERNARY_STEP = 16
-INT4_MIDDLE = 8
+INT3_STEP = 16
+INT4_MIDDLE, INT3_MIDDLE = 8, 4
 GROUPS = (16, 32, 64, 128, 256)
 
 Bytes = npt.NDArray[np.uint8]
@@ -57,6 +60,32 @@ def unpack_int4(packed: Bytes, n: int, k: int) -> Bytes:
     tiles, steps, _ = packed.shape
     halves = np.stack([packed & 15, packed >> 4], axis=2).reshape(tiles, steps, 2, ROWS, 4)
     return halves.transpose(0, 3, 1, 2, 4).reshape(tiles * ROWS, steps * INT4_STEP)[:n, :k]
+
+
+def pack_int3(codes: npt.NDArray[Any], group: int) -> Bytes:
+    """Codes [N, K] in 0..7 → [N/16, K/16, 96]. Padding has the code 4."""
+    n, k = codes.shape
+    rows, columns = padded(n, ROWS), padded(int4_columns(k, group), INT3_STEP)
+    full = np.full((rows, columns), INT3_MIDDLE, np.uint8)
+    full[:n, :k] = codes
+    tiled = full.reshape(rows // ROWS, ROWS, columns // INT3_STEP, 4, 4).transpose(0, 2, 3, 1, 4)
+    fields = tiled.reshape(rows // ROWS, columns // INT3_STEP, 4, 64)
+    packed = np.zeros((rows // ROWS, columns // INT3_STEP, 96), np.uint8)
+    for f in range(4):
+        packed[:, :, :64] |= (fields[:, :, f] & 3) << np.uint8(2 * f)
+        high = fields[:, :, f] >> 2
+        packed[:, :, 64:] |= high[:, :, :32] << np.uint8(f) | high[:, :, 32:] << np.uint8(4 + f)
+    return packed
+
+
+def unpack_int3(packed: Bytes, n: int, k: int) -> Bytes:
+    """The inverse of `pack_int3`: codes [N, K]."""
+    tiles, steps, _ = packed.shape
+    low, high = packed[:, :, :64], packed[:, :, 64:]
+    both = np.concatenate([high & 15, high >> 4], axis=2)
+    fields = [low >> np.uint8(2 * f) & 3 | (both >> np.uint8(f) & 1) << 2 for f in range(4)]
+    tiled = np.stack(fields, axis=2).reshape(tiles, steps, 4, ROWS, 4).transpose(0, 3, 1, 2, 4)
+    return tiled.reshape(tiles * ROWS, steps * INT3_STEP)[:n, :k]
 
 
 def pack_ternary(weights: npt.NDArray[Any]) -> Bytes:

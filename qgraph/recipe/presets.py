@@ -72,7 +72,8 @@ def _int4(group: int, solver: str = "rtn") -> Rule:
 _HALVES = (
     "uint2.g64.asym.f16", "uint2.g32.asym.f16", "uint2.g16.asym.f16", "int4.g256.f16", "int4.g128.f16",
     "int4.g64.f16", "uint4.g64.asym.f16",
-    "int4.g32.f16", "uint4.g32.asym.f16", "uint4.g16.asym.f16", "int8.g128.f16",
+    "int4.g32.f16", "uint4.g32.asym.f16", "uint4.g16.asym.f16", "int8.g128.f16", "uint3.g128.asym.f16",
+    "uint3.g64.asym.f16", "uint3.g32.asym.f16",
 )  # fmt: skip
 
 _NO_DATA = (

@@ -1,20 +1,20 @@
 """Target `ort-qgraph`: ONNX Runtime 1.23 or newer on CPU with qgraph's native operators.
 
-4-bit and ternary products and 4-bit tables become ai.qgraph operators; everything else is written as for target `ort`.
-A file for this target also runs without the native library, through the function bodies that it carries: slower, and
-with float weights in memory.
+Products of 3 and 4 bits, ternary products and 4-bit tables become ai.qgraph operators; everything else is written as
+for target `ort`. A file for this target also runs without the native library, through the function bodies that it
+carries: slower, and with float weights in memory.
 """
 
 from __future__ import annotations
 
 from qgraph.forms.gather_int4 import GatherInt4
-from qgraph.forms.matmul_int4 import DynamicInt4, MatMulInt4
+from qgraph.forms.matmul_int4 import DynamicInt4, MatMulInt3, MatMulInt4
 from qgraph.forms.matmul_ternary import MatMulTernary
 from qgraph.registry import register
 from qgraph.target import Target
 from qgraph.targets.ort import ORT, inspect
 
-_NATIVE = (MatMulTernary(), MatMulInt4(), DynamicInt4())
+_NATIVE = (MatMulTernary(), MatMulInt4(), DynamicInt4(), MatMulInt3())
 
 ORT_QGRAPH = register(
     Target(
@@ -33,6 +33,9 @@ ORT_QGRAPH = register(
         integers=ORT.integers,
         notes={
             "matmul-int4": ("MatMulInt4 rounds activations to int8, group by group.",),
+            "matmul-int3": (
+                "MatMulInt3 is widened to 4 bits in memory, and rounds activations to int8, group by group.",
+            ),
             "dynamic-int4": ("MatMulInt4 rounds activations to int4, group by group.",),
             "matmul-ternary": ("MatMulTernary rounds activations to int8, row by row.",),
             **ORT.notes,

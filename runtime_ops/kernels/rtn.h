@@ -8,7 +8,7 @@ struct RtnProblem {
   const float* w;           // [rows, cols]
   const float* importance;  // [cols], or null
   int64_t rows, cols, group;
-  int bits;  // 2, 4, 7 or 8
+  int bits;  // 2, 3, 4, 7 or 8
   bool is_symmetric;
   bool scale_is_signed;   // symmetric: the scale may be negative
   bool scale_is_float16;  // round scales to float16

@@ -17,6 +17,7 @@ struct Grid {
 
 inline Grid grid_for(int bits, bool is_symmetric) {
   if (bits == 2) return {12, 8, 12, 3, is_symmetric ? 1.25f : 1.05f, 0.7f, 0.8f};
+  if (bits == 3) return {16, 12, 12, 3, is_symmetric ? 1.25f : 1.05f, 0.7f, 0.5f};
   if (bits == 4) return {24, 16, 12, 3, is_symmetric ? 1.25f : 1.05f, 0.7f, 0.27f};
   return {12, 4, 16, 1, is_symmetric ? 1.15f : 1.05f, 0.75f, 0.028f};
 }

@@ -274,12 +274,6 @@ def test_hqq_refuses_grids_without_zero_points():
         )
 
 
-@pytest.mark.parametrize("text", ["int3.g32", "uint3.ch"])
-def test_three_bits_are_refused_with_the_reason(text):
-    with pytest.raises(errors.RecipeError, match="neither ONNX nor an operator of any target"):
-        QuantSpec.parse(text)
-
-
 def correlated(k: int, rows: int, seed: int) -> np.ndarray[Any, Any]:
     """The Gram matrix of inputs that lean on each other, some large, some dead."""
     rng = np.random.default_rng([seed, k])

@@ -27,6 +27,27 @@ def test_int4_bytes_are_where_the_layout_says(size, group):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("group", [0, 16, 32])
+def test_int3_bytes_are_where_the_layout_says(size, group):
+    n, k = size
+    codes = np.random.default_rng(0).integers(0, 8, size)
+    packed = layout.pack_int3(codes, group)
+    columns = layout.padded(layout.int4_columns(k, group), 16)
+    assert packed.shape == (-(-n // 16), columns // 16, 96)
+    for row in range(n):
+        for column in range(k):
+            step, place = divmod(column, 16)
+            tile, lane, f = packed[row // 16, step], 4 * (row % 16) + place % 4, place // 4
+            low = int(tile[lane]) >> 2 * f & 3
+            high = int(tile[64 + lane % 32]) >> (f + 4 * (lane >= 32)) & 1
+            assert low + 4 * high == codes[row, column]
+    np.testing.assert_array_equal(layout.unpack_int3(packed, n, k), codes)
+    padding = layout.unpack_int3(packed, packed.shape[0] * 16, packed.shape[1] * 16)
+    assert (padding[n:] == 4).all()
+    assert (padding[:, k:] == 4).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_ternary_bytes_are_where_the_layout_says(size):
     n, k = size
     values = np.random.default_rng(0).integers(-1, 2, size)

@@ -33,22 +33,26 @@ def model_of(op, x_dims, constants, attributes):
     return proto
 
 
-def int4(n, k, *, group=32, bits=8, block=32, asymmetric=False, bias=True, x_dims=None, seed=0):
+def int4(
+    n, k, *, group=32, bits=8, block=32, asymmetric=False, bias=True, x_dims=None, seed=0, width=4
+):
     rng = np.random.default_rng(seed)
     groups = layout.int4_columns(k, group) // (group or layout.int4_columns(k, 0))
-    points = rng.integers(0, 16, (n, groups)).astype(np.uint8)
+    points = rng.integers(0, 2**width, (n, groups)).astype(np.uint8)
     scales = rng.uniform(-0.1, 0.1, (n, groups)).astype(np.float16)
+    pack = {4: layout.pack_int4, 3: layout.pack_int3}[width]
+    middle = 2 ** (width - 1)
     constants = {
-        "codes": layout.pack_int4(rng.integers(0, 16, (n, k)), group),
+        "codes": pack(rng.integers(0, 2**width, (n, k)), group),
         "scales": layout.tile_groups(scales, 0),
-        "zero_points": layout.tile_groups(points, 8)
+        "zero_points": layout.tile_groups(points, middle)
         if asymmetric
-        else np.full((1, 1, 1), 8, np.uint8),
+        else np.full((1, 1, 1), middle, np.uint8),
         "bias": rng.standard_normal(n).astype(np.float32) if bias else np.zeros(1, np.float32),
     }
     attributes = {"K": k, "N": n, "block_size": group}
     attributes |= {"activation_bits": bits, "activation_block": block}
-    return model_of("MatMulInt4", x_dims or ["a", "b", k], constants, attributes)
+    return model_of(f"MatMulInt{width}", x_dims or ["a", "b", k], constants, attributes)
 
 
 def ternary(n, k, *, bits=8, per_channel=True, x_dims=None, seed=0):
@@ -69,6 +73,12 @@ MODELS = {
     "int4 per channel, no bias": int4(7, 77, group=0, block=128, bias=False),
     "int4 float": int4(19, 50, bits=0, block=0, asymmetric=True),
     "int4 w4a4": int4(19, 50, bits=4, block=0),
+    "int3 g32": int4(48, 96, width=3),
+    "int3 g128 asymmetric": int4(20, 256, group=128, block=128, asymmetric=True, width=3),
+    "int3 g16": int4(17, 80, group=16, block=16, width=3),
+    "int3 per channel, half a step": int4(7, 77, group=0, block=128, bias=False, width=3),
+    "int3 float": int4(19, 50, bits=0, block=0, asymmetric=True, width=3),
+    "int3 large": int4(1360, 1552, group=0, block=128, width=3),
     "ternary": ternary(35, 61),
     "ternary per tensor": ternary(16, 100, per_channel=False),
     "ternary float": ternary(5, 40, bits=0),
@@ -142,8 +152,10 @@ def test_dimensions_that_nobody_knows_stay_unknown():
     assert runtime.session(model).run(None, feeds)[0].tolist() == [2, 48]
 
 
-def test_weights_may_be_computed():
-    model = int4(24, 64, asymmetric=True)
+@pytest.mark.parametrize("asymmetric", [True, False])
+@pytest.mark.parametrize("width", [4, 3])
+def test_weights_may_be_computed(width, asymmetric):
+    model = int4(24, 64, asymmetric=asymmetric, width=width)
     feeds = feed(model, 2, 3)
     (expected,) = runtime.session(model).run(None, feeds)
     for held in list(model.graph.initializer):
@@ -195,6 +207,14 @@ def test_errors_name_the_node_and_the_numbers(change, text):
     model = int4(48, 96)
     change(model)
     with pytest.raises(errors.RuntimeFailure, match=f"MatMulInt4 'the_node': .*{text}"):
+        runtime.session(model)
+
+
+def test_an_error_about_3_bit_codes_names_them():
+    model = int4(48, 96, width=3)
+    replace_constant(0, np.zeros((3, 12, 64), np.uint8))(model)
+    text = r"MatMulInt3 'the_node': .*codes is \[3, 12, 64\], expected \[3, 6, 96\]"
+    with pytest.raises(errors.RuntimeFailure, match=text):
         runtime.session(model)
 
 
