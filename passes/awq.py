@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import Field
 
-from qgraph import registry, scaling, symmetry, weights
+from qgraph import registry, samples, scaling, symmetry, weights
 from qgraph.calibrate import rows
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.plan import QuantPlan
@@ -57,7 +57,7 @@ class Awq(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrite `model` in place."""
         options = self.options_as(self.Options)
-        dataset = scaling.dataset(
+        dataset = samples.require(
             model, ctx, self.name, "needs samples to tell which channels are large"
         )
         sites = scaling.sites(model)

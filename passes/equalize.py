@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import calibrate, data, errors, graph, symmetry, verify
+from qgraph import calibrate, errors, graph, samples, symmetry, verify
 from qgraph.observers import Wanted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
@@ -231,7 +231,10 @@ def _ranges(item: _Item, members: tuple[Member, ...], tensors: dict[ir.Value, _T
 
 def _measure(model: ir.Model, items: list[_Item], ctx: Context) -> None:
     """Which channels meet their bound on the data, and how far below it the others stay."""
-    dataset = _dataset(model, ctx)
+    dataset = samples.require(
+        model, ctx, "equalize", "needs samples to see which bounds are met",
+        f"{errors.GIVE_SAMPLES}; or --set options.equalize.clips=keep leaves them alone",
+    )  # fmt: skip
     axes = {str(b.node.outputs[0].name): _axis(b) for i in items for b in i.group.bounds}
     wanted = {name: Wanted(channel_axis=axis) for name, axis in axes.items()}
     stats = calibrate.run(model, dataset, wanted, threads=ctx.threads, progress=ctx.progress)
@@ -252,20 +255,6 @@ def _axis(bound: Member) -> int:
     """The channel axis, counted from the end, where a Clip's output has it as well as the labels."""
     wide = [a for a in range(bound.labels.ndim) if bound.labels.shape[a] > 1]
     return (wide[0] if wide else 0) - bound.labels.ndim
-
-
-def _dataset(model: ir.Model, ctx: Context) -> data.Dataset:
-    if ctx.data is None:
-        raise errors.InputError(
-            errors.Diagnostic(
-                "error", "QG131", "equalize", "needs samples to see which bounds are met",
-                f"{errors.GIVE_SAMPLES}; or --set options.equalize.clips=keep leaves them alone",
-            )
-        )  # fmt: skip
-    if not isinstance(ctx.data, data.Dataset):
-        ctx.data = data.load(ctx.data, data.inputs_of(model))
-    dataset: data.Dataset = ctx.data
-    return dataset
 
 
 def _prove(before: ir.Model, after: ir.Model, ctx: Context) -> None:

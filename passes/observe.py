@@ -10,7 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qgraph import activations, calibrate, data, errors, graph
+from qgraph import activations, calibrate, data, graph, samples
 from qgraph.observers import Choice, Stats, Wanted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
@@ -60,16 +60,9 @@ class Observe(Pass):
                 {}, Choice(options.method, options.percentile, options.clip_sentinels)
             )
             return False
-        if ctx.data is None:
-            raise errors.InputError(
-                errors.Diagnostic(
-                    "error", "QG131", "observe", "calibration needs samples", errors.GIVE_SAMPLES
-                )
-            )  # fmt: skip
-        dataset = ctx.data
-        if not isinstance(dataset, data.Dataset):
-            dataset = ctx.data = data.load(ctx.data, data.inputs_of(model))
-        ctx.diagnostics.extend(dataset.notes)
+        if isinstance(ctx.data, data.Dataset):
+            ctx.diagnostics.extend(ctx.data.notes)
+        dataset = samples.require(model, ctx, "observe", "calibration needs samples")
         choice = Choice(options.method, options.percentile, options.clip_sentinels)
         stats = calibrate.run(
             model,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import calibrate, graph, numerics, scaling, symmetry, weights
+from qgraph import calibrate, graph, numerics, samples, scaling, symmetry, weights
 from qgraph.calibrate import rows
 from qgraph.observers import Stats, Wanted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
@@ -60,7 +60,7 @@ class Smooth(Pass):
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrite `model` in place."""
         options = self.options_as(self.Options)
-        dataset = scaling.dataset(model, ctx, self.name, "needs samples to find outliers")
+        dataset = samples.require(model, ctx, self.name, "needs samples to find outliers")
         inserted = _insert(model) if options.insert else {}
         sites = scaling.sites(model)
         if not sites:

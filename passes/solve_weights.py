@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from qgraph import cuts, data, errors, mapped, registry, weights, workdir
+from qgraph import cuts, errors, mapped, registry, samples, spool, weights, workdir
 from qgraph.calibrate import groups
 from qgraph.calibrate.sequence import Course
 from qgraph.calibrate.simulate import Simulated, simulate
@@ -106,6 +106,8 @@ class SolveWeights(Pass):
                         course.skip(number)
                 kept.update(solved)
                 mapped.release(model)
+                for q in solved.values():
+                    spool.drop(q)
         ctx.plan.solved.update({name: kept[name] for name in decisions})
         ctx.progress("solved", 1.0)
         return False
@@ -122,7 +124,8 @@ class SolveWeights(Pass):
         if asking is None:
             yield None
             return
-        dataset = _dataset(simulated.model, asking, ctx)
+        why = "needs samples to know what its weights are multiplied with"
+        dataset = samples.require(simulated.model, ctx, f"solver {asking.solver}", why)
         is_float = self.options_as(SolveWeights.Options).inputs == "float"
         folder = None if ctx.work is None else ctx.work.folder
         with tempfile.TemporaryDirectory(prefix="qgraph-walk-") as place:
@@ -218,22 +221,6 @@ def _restored(name: str, ctx: Context) -> dict[str, Packed] | None:
         ctx.records.setdefault(each["name"], {}).update(each["record"])
     ctx.diagnostics.extend(errors.Diagnostic(**each) for each in facts["diagnostics"])
     return solved
-
-
-def _dataset(model: ir.Model, decision: Decision, ctx: Context) -> data.Dataset:
-    """The samples, checked against the model's inputs."""
-    if ctx.data is None:
-        raise errors.InputError(
-            errors.Diagnostic(
-                "error", "QG131", f"solver {decision.solver}",
-                "needs samples to know what its weights are multiplied with", errors.GIVE_SAMPLES,
-            )
-        )  # fmt: skip
-    if not isinstance(ctx.data, data.Dataset):
-        ctx.data = data.load(ctx.data, data.inputs_of(model))
-        ctx.diagnostics.extend(ctx.data.notes)
-    dataset: data.Dataset = ctx.data
-    return dataset
 
 
 def _inputs(weight: Weight, solver: Solver, ctx: Context) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from qgraph import data, errors, graph, numerics, opset, weights
+from qgraph import errors, graph, numerics, opset, samples, weights
 from qgraph.calibrate.simulate import Simulated, simulate
 from qgraph.data import Feeds
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
@@ -97,16 +97,10 @@ def _samples(
     model: ir.Model, options: Tune.Options, ctx: Context
 ) -> tuple[list[Feeds], list[Feeds]]:
     """Those that judge, and those that teach."""
-    if ctx.data is None:
-        raise errors.InputError(
-            errors.Diagnostic(
-                "error", "QG131", "pass tune", "needs samples on which outputs are compared", errors.GIVE_SAMPLES
-            )
-        )  # fmt: skip
-    if not isinstance(ctx.data, data.Dataset):
-        ctx.data = data.load(ctx.data, data.inputs_of(model))
-        ctx.diagnostics.extend(ctx.data.notes)
-    given = list(islice(iter(ctx.data), options.samples))
+    dataset = samples.require(
+        model, ctx, "pass tune", "needs samples on which outputs are compared"
+    )
+    given = list(islice(iter(dataset), options.samples))
     if len(given) < _LEAST:
         raise errors.InputError(
             errors.Diagnostic(

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qgraph import data, errors, graph, symmetry
-from qgraph.pipeline import Context
+from qgraph import graph, symmetry
 from qgraph.symmetry import Group, Member
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
@@ -118,20 +117,6 @@ def row_powers(y: Doubles) -> Doubles:
     """|y|² of each row of y [R, N]; 1 for rows of zeros: what errors of rows are relative to."""
     power = np.square(y).sum(axis=1)
     return np.where(power > 0, power, 1.0)
-
-
-def dataset(model: ir.Model, ctx: Context, who: str, why: str) -> data.Dataset:
-    """The samples, checked against the model's inputs.
-
-    Raises:
-        errors.InputError: QG131 where there are none; what `data.load` raises.
-    """
-    if ctx.data is None:
-        raise errors.InputError(errors.Diagnostic("error", "QG131", who, why, errors.GIVE_SAMPLES))
-    if not isinstance(ctx.data, data.Dataset):
-        ctx.data = data.load(ctx.data, data.inputs_of(model))
-    found: data.Dataset = ctx.data
-    return found
 
 
 def _is_depthwise(member: Member) -> bool:

@@ -27,7 +27,7 @@ from qgraph.pipeline import Context
 from qgraph.recipe import FLOAT, Rule
 from qgraph.solver import Solver, WeightStats
 from qgraph.spec import Floats, QTensor, QuantSpec
-from qgraph.spool import Packed, Spool
+from qgraph.spool import Packed, Spool, drop
 from qgraph.weights import Weight
 from qgraph.workdir import WorkDir
 
@@ -88,6 +88,8 @@ def solve(
             solved.update(((e.weight, e.spec), e.q) for e in held)
             costs.update(((e.weight, e.spec), e.cost) for e in held)
             mapped.release(model)
+            for each in held:
+                drop(each.q)
     for item in items:
         item.options = [
             replace(o, cost=sum(_cost(costs, w, s) for w, s in zip(item.weights, o.specs, strict=True)))
