@@ -63,7 +63,7 @@ def solve(objective: Sequence[Sequence[float]], limits: Sequence[Limit]) -> list
             optimize.LinearConstraint(flat[None] / scale, -np.inf, top - _SLACK * abs(top))
         )
     cost = _flat(objective)
-    with _stdout_as_stderr():  # HiGHS prints there what it thinks of its own subproblems
+    with _silent():  # HiGHS tells, whatever its options, which of its own functions it is in
         found = optimize.milp(
             cost / max(float(np.abs(cost).max()), 1e-300),
             constraints=constraints,
@@ -88,18 +88,19 @@ def _flat(values: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
 
 
 @contextlib.contextmanager
-def _stdout_as_stderr() -> Iterator[None]:
-    """What C code prints goes to standard error: standard output may be somebody's JSON."""
+def _silent() -> Iterator[None]:
+    """What C code prints on standard output goes nowhere: it would be among somebody's JSON."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         library = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
         library.fflush(None)  # what waits in buffers would be written after the change
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)
 
 
 def _scipy() -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ def test_a_knapsack_that_nothing_fits_into():
     assert knapsack.solve([], []) == []
 
 
-def test_what_the_solver_prints_is_not_on_standard_output(tmp_path):
+def test_what_the_solver_prints_is_not_seen():
     """HiGHS prints lines of its own at times, which would be among the JSON of --json."""
     code = (
         "import ctypes, scipy.optimize as o\n"
@@ -69,7 +69,7 @@ def test_what_the_solver_prints_is_not_on_standard_output(tmp_path):
         "print(knapsack.solve([[1.0, 0.0]], []))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "before\n[1]\n" and done.stderr == "from C\n"
+    assert done.stdout == "before\n[1]\n" and not done.stderr
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 20])
