@@ -220,13 +220,15 @@ PRESETS: dict[str, Recipe] = {
             name="mixed",
             summary="a format for each weight by measured sensitivity, within --max-size or --avg-bits",
             rules=(
-                _TIED.model_copy(update={"choices": ("int4.g32", "int8.g32", "int8.ch", FLOAT)}),
+                _TIED.model_copy(
+                    update={"choices": ("int4.g32.f16", "int4.g32", "int8.g32", "int8.ch", FLOAT)}
+                ),
                 _rule(
                     "embedding",
                     "int8.ch",
                     "int8.g32",
                     FLOAT,
-                    choices=("int4.g32", "int8.ch", "int8.g32", FLOAT),
+                    choices=("int4.g32.f16", "int4.g32", "int8.ch", "int8.g32", FLOAT),
                 ),
                 _rule(
                     "linear",
