@@ -215,12 +215,16 @@ def _metrics(name: str, model: Path, source: Path, limit: int | None) -> dict[st
 
 
 def _use_float_activations(path: Path) -> bool:
-    """Let MatMulNBits compute in float: what is left is the error of the weights alone."""
+    """Let MatMulNBits and ai.qgraph's products compute in float: what is left is the error of the weights alone."""
     import onnx_ir as ir
 
     model, changed = ir.load(path), False
     for node in model.graph.all_nodes():
         if node.op_type == "MatMulNBits" and node.attributes.pop("accuracy_level", None):
+            changed = True
+        if node.domain == "ai.qgraph" and "activation_bits" in node.attributes:
+            for name in ("activation_bits", "activation_block"):
+                node.attributes[name] = ir.AttrInt64(name, 0)
             changed = True
     if changed:
         ir.save(model, path)

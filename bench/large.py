@@ -67,7 +67,7 @@ def main() -> None:
 def watch(command: Sequence[str], kept: Path, kill_at: str = "") -> dict[str, object]:
     """Run a command, killing it when the work folder holds a file; what it took."""
     peaks: dict[str, dict[str, int]] = {}
-    start, first = time.perf_counter(), len(list(kept.rglob("block-*.npz")))
+    start, first = time.perf_counter(), _blocks(kept)
     blocks = first
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while child.poll() is None:
@@ -75,7 +75,7 @@ def watch(command: Sequence[str], kept: Path, kill_at: str = "") -> dict[str, ob
         for field in ("VmRSS", "RssAnon"):
             if now[field] > peaks.get(field, {}).get(field, -1):
                 peaks[field] = now
-        blocks = len(list(kept.rglob("block-*.npz"))) or blocks
+        blocks = _blocks(kept) or blocks
         if kill_at and (kept / kill_at).exists():
             child.send_signal(signal.SIGKILL)
             child.wait()
@@ -88,6 +88,10 @@ def watch(command: Sequence[str], kept: Path, kill_at: str = "") -> dict[str, ob
         "MiB at peak RSS": peaks["VmRSS"],
         "MiB at peak anonymous": peaks["RssAnon"],
     }
+
+
+def _blocks(kept: Path) -> int:
+    return sum(len(list(kept.glob(name))) for name in ("block-*.npz", "choosing/block-*.npz"))
 
 
 def _memory(pid: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qgraph import activations, calibrate, data, graph, samples
+from qgraph import activations, calibrate, graph, samples
 from qgraph.observers import Choice, Stats, Wanted
 from qgraph.pipeline import Context, Fact, Keeps, Pass, PassOptions
 from qgraph.registry import register
@@ -60,8 +60,6 @@ class Observe(Pass):
                 {}, Choice(options.method, options.percentile, options.clip_sentinels)
             )
             return False
-        if isinstance(ctx.data, data.Dataset):
-            ctx.diagnostics.extend(ctx.data.notes)
         dataset = samples.require(model, ctx, "observe", "calibration needs samples")
         choice = Choice(options.method, options.percentile, options.clip_sentinels)
         stats = calibrate.run(

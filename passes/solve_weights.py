@@ -38,10 +38,6 @@ from qgraph.spool import Packed
 from qgraph.weights import Weight
 
 _CHUNK = 1 << 20
-_REPLANNED = (
-    "the passes before this one came to another result, as they may where they go by measured times; "
-    "delete the folder, or begin anew in another one"
-)
 _RECORDED = ("squared_error", "sqnr_db", "elements")
 
 
@@ -76,7 +72,7 @@ class SolveWeights(Pass):
         blocks = groups.blocks(cuts.Order(simulated.model), found, inputs)
         if ctx.work is not None:
             plan = hashlib.sha256(ctx.plan.to_json().encode()).hexdigest()
-            ctx.work.require({"plan": plan, "weights": workdir.digest(model)}, _REPLANNED)
+            ctx.work.require({"plan": plan, "weights": workdir.digest(model)}, workdir.REPLANNED)
         total, done = sum(w.nbytes for w in found) or 1, 0
         asking = next((decisions[n] for n, asked in inputs.items() if asked), None)
         kept: dict[str, Packed] = {}

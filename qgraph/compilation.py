@@ -178,7 +178,6 @@ class Compilation:
             choice = mixed.Choice.from_json(held[1]) if held else self._chooser.choose()
             if self.kept is not None and not held:
                 self.kept.store("mixed", {}, choice.to_json())
-                self.kept.drop(mixed.CHOOSING)
         self.report.mixed, self._told = choice.figures, choice.told
         self.report.notes += choice.notes
         self._run_again(choice.recipe, self.kept)

@@ -146,7 +146,7 @@ def optimize(
         data = load(data, inputs_of(model))
         floors = replace(floors, data=data)
     report = _new_report(model, work, chosen, goal, destination)
-    kept = WorkDir(work_dir, _work(work, chosen, data)) if work_dir is not None else None
+    kept = WorkDir(work_dir, _work(work, chosen, data, floors)) if work_dir is not None else None
     made = Compilation(
         source=model,
         model=work,
@@ -208,9 +208,14 @@ def _refuse_broken(model: ir.Model) -> None:
         )
 
 
-def _work(model: ir.Model, chosen: recipes.Recipe, data: Dataset | None) -> dict[str, Any]:
+def _work(
+    model: ir.Model, chosen: recipes.Recipe, data: Dataset | None, floors: Floors
+) -> dict[str, Any]:
     """What the results of a run depend on."""
+    # Formats are chosen for the floors; weights are solved without looking at them.
+    held = {"floors": str(floors), "logits": list(floors.logits)} if mixed.is_mixed(chosen) else {}
     return {
+        **held,
         "model": workdir.digest(model),
         "recipe": chosen.model_dump(mode="json"),
         "data": "none" if data is None else data.digest(),

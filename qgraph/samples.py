@@ -27,6 +27,6 @@ def require(
         raise errors.InputError(errors.Diagnostic("error", "QG131", who, why, hint))
     if not isinstance(ctx.data, data.Dataset):
         ctx.data = data.load(ctx.data, data.inputs_of(model))
-        ctx.diagnostics.extend(ctx.data.notes)
     found: data.Dataset = ctx.data
+    ctx.diagnostics.extend(n for n in found.notes if n not in ctx.diagnostics)
     return found

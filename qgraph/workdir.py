@@ -3,7 +3,8 @@
     work.json            what the work is for: digests of model, recipe, data, plan; versions
     block-0000.npz       results, one file for each finished block; written under another name and renamed
     inputs-0001-float/   the values that the block after the last finished one needs, for each sample
-    choosing/            the same for work that must be done before, until it is
+    mixed.npz            formats that were chosen by measuring
+    choosing/            for that choice: block-0000.npz, inputs-..., and measured.npz with the losses of mixtures
 
 What is there counts only for exactly the same work. A folder of other work is refused, not overwritten.
 """
@@ -28,6 +29,11 @@ import onnx_ir as ir
 from qgraph import errors, graph, mapped
 
 FORMAT = 1
+REPLANNED = (
+    "the passes before this one came to another result, as they may where they go by measured times; "
+    "delete the folder, or begin anew in another one"
+)
+"""What to do where the same command leads to other weights or another plan."""
 _KEY, _FACTS = "work.json", "facts"
 _HASHED_BYTES = 1 << 10  # smaller constants are hashed with the graph
 _PART = 16 << 20
@@ -114,14 +120,9 @@ class WorkDir:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise self._failure(f"{path.name} cannot be read: {e}", "delete that file") from e
 
-    def part(self, name: str, key: Mapping[str, Any]) -> WorkDir:
-        """A folder inside for a piece of this work, with its own key (see `WorkDir`)."""
-        return WorkDir(self.folder / name, key)
-
-    def drop(self, name: str) -> None:
-        """Delete a part, because its result is kept, if it is there."""
-        if (self.folder / name).exists():
-            shutil.rmtree(self.folder / name)
+    def part(self, name: str) -> WorkDir:
+        """A folder inside for a piece of this work, with its own key."""
+        return WorkDir(self.folder / name, {})
 
     def clear(self) -> None:
         """Delete all that was kept, and nothing else: the work is done."""

@@ -1,4 +1,5 @@
 // ai.qgraph::MatMulInt4, MatMulInt3 and MatMulTernary: what ONNX Runtime calls.
+#include <algorithm>
 #include <utility>
 
 #include "cpu.h"
@@ -81,10 +82,9 @@ class MatMulInt4 : public MatMulNode {
     if (is_narrow_ && held_[1].is_constant) {
       const Tensor& codes = held_[1].tensor;
       shift_ = held_[3].is_constant ? shift_of(held_[3].tensor) : 0;
-      std::shared_ptr<uint8_t> wide = weight_memory(wide_bytes());
-      widen(codes, shift_, wide.get());
-      give_back(codes.data, static_cast<size_t>(codes.nbytes()));
-      held_[1].copy = std::move(wide);
+      held_[1].copy = derived_weight(
+          codes.data, static_cast<size_t>(codes.nbytes()), shift_, wide_bytes(),
+          [&](uint8_t* wide, const PageReturner& pages) { widen(codes, shift_, wide, &pages); });
     }
   }
 
@@ -98,7 +98,7 @@ class MatMulInt4 : public MatMulNode {
     std::vector<uint8_t> wide;
     if (is_narrow_ && !codes.is_constant) {
       wide.resize(wide_bytes());
-      widen(codes.tensor, 0, wide.data());
+      widen(codes.tensor, 0, wide.data(), nullptr);
     }
     const auto* values = static_cast<const uint8_t*>(points.data());
     std::vector<uint8_t> spread;
@@ -133,9 +133,16 @@ class MatMulInt4 : public MatMulNode {
 
   size_t wide_bytes() const { return static_cast<size_t>(plan_.tiles * plan_.steps * kTileBytes); }
 
-  void widen(const Tensor& codes, int shift, uint8_t* wide) const {
-    widen_int3(static_cast<const uint8_t*>(codes.data), plan_.tiles, plan_.steps,
-               static_cast<uint8_t>(shift), wide);
+  void widen(const Tensor& codes, int shift, uint8_t* wide, const PageReturner* pages) const {
+    const auto* packed = static_cast<const uint8_t*>(codes.data);
+    const int64_t from = (plan_.steps + 1) / 2 * kInt3Bytes, to = plan_.steps * kTileBytes;
+    const int64_t at_once = std::max<int64_t>(1, static_cast<int64_t>(kPiece) / from);
+    for (int64_t tile = 0; tile < plan_.tiles; tile += at_once) {
+      const int64_t count = std::min(at_once, plan_.tiles - tile);
+      widen_int3(packed + tile * from, count, plan_.steps, static_cast<uint8_t>(shift),
+                 wide + tile * to);
+      if (pages != nullptr) pages->done(static_cast<size_t>((tile + count) * from));
+    }
   }
 
   bool is_narrow_;

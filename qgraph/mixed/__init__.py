@@ -13,11 +13,10 @@ choosing  all of them, until the written file fits and the floors hold
 from __future__ import annotations
 
 from qgraph.mixed.asked import budgeted, is_mixed, require_data
-from qgraph.mixed.choosing import CHOOSING, BudgetMissed, Chooser
+from qgraph.mixed.choosing import BudgetMissed, Chooser
 from qgraph.mixed.telling import RULE, Choice
 
 __all__ = [
-    "CHOOSING",
     "RULE",
     "BudgetMissed",
     "Choice",

@@ -32,7 +32,7 @@ from qgraph.spool import Spool
 from qgraph.workdir import WorkDir
 
 CHOOSING = "choosing"
-"""Name of the part of a work folder for a choice that is not made yet."""
+"""Name of the part of a work folder where formats are weighed and mixtures measured."""
 SAMPLES = 16  # on which mixtures are measured
 _NEAR = 1e-4  # share of a budget that may be left over
 _AIMS = 6  # knapsacks solved until the floors just hold
@@ -192,7 +192,9 @@ class Chooser:
         if self._kept is None:
             return None
         self._progress("reading the weights", -1)
-        return self._kept.part(CHOOSING, {"weights": workdir.digest(self._trials.model)})
+        work = self._kept.part(CHOOSING)
+        work.require({"weights": workdir.digest(self._trials.model)}, workdir.REPLANNED)
+        return work
 
     def _judge(self, outputs: Sequence[OutputError]) -> float:
         """What counts: the floors in units of what they allow, otherwise `mixtures.loss`."""

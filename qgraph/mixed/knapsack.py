@@ -89,18 +89,24 @@ def _flat(values: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What C code prints on standard output goes nowhere: it would be among somebody's JSON."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    """What the process prints on standard output goes nowhere: lines of C code would be among somebody's JSON."""
+    library = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    library.fflush(None)  # what waits in buffers was printed before
     try:
-        os.dup2(nowhere, 1)
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
         yield
     finally:
-        library = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
-        library.fflush(None)  # what waits in buffers would be written after the change
+        library.fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
-        os.close(nowhere)
 
 
 def _scipy() -> tuple[Any, Any]:

@@ -75,6 +75,7 @@ class Mixtures:
         self._parts = min(2, len(outputs))
         self._solved: dict[tuple[str, str], QTensor] = {}
         self._known = _Known(work)
+        self._near: dict[str, str] = {}
 
     @property
     def measured(self) -> int:
@@ -106,8 +107,11 @@ class Mixtures:
     def stay_near(self, specs: Mapping[str, str]) -> None:
         """Make ready to measure mixtures that differ from this one in few weights."""
         asked = {w: s for w, s in specs.items() if s != FLOAT}
-        if self._runner.keeps:
-            self._known.add(asked, self._measured(asked, keep=True))
+        if self._runner.keeps and asked != self._near:
+            found = self._measured(asked, keep=True)
+            self._near = asked
+            if self._known.get(asked) is None:
+                self._known.add(asked, found)
 
     def _measured(self, specs: Mapping[str, str], *, keep: bool) -> tuple[float, float]:
         for name in self._weights:

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import cuts, files, graph, runtime
+from qgraph import cuts, files, runtime
 from qgraph.calibrate import parts, types
 from qgraph.data import Array, Feeds
 from qgraph.evaluate import sessions
 
 WEIGHTS = 256 << 20
-"""Bytes of weights that a stretch may need, unless one operator alone needs more."""
+"""Bytes of weights that a stretch may need, unless there is no place to cut it: within an operator, or at values that
+numpy does not hold."""
 Specs = Mapping[str, str]
 """Specs of the weights that are quantized, by name."""
 
@@ -67,15 +68,21 @@ class Whole:
         samples: feeds.
         folder: for a file.
         threads: of ONNX Runtime.
+        config: entries for sessions.
     """
 
     keeps = False
 
     def __init__(
-        self, model: ir.Model, samples: Sequence[Feeds], folder: Path, threads: int
+        self,
+        model: ir.Model,
+        samples: Sequence[Feeds],
+        folder: Path,
+        threads: int,
+        config: Mapping[str, str],
     ) -> None:
         self._model, self._samples = model, samples
-        self._path, self._threads = folder / "whole.onnx", threads
+        self._path, self._threads, self._config = folder / "whole.onnx", threads, config
         self._declared: list[Output] = []
 
     @property
@@ -86,7 +93,8 @@ class Whole:
     def outputs(self, specs: Specs, *, keep: bool = False) -> Iterator[list[Array]]:
         """See `Runner`; nothing is kept, for all of it runs each time."""
         ir.save(self._model, self._path)
-        session = sessions.open_session(str(self._path), threads=self._threads)
+        path = str(self._path)
+        session = sessions.open_session(path, threads=self._threads, config=self._config)
         self._declared = _outputs(session)
         for feeds in self._samples:
             yield session.run(None, feeds)
@@ -120,7 +128,7 @@ class Stretches:
     """A session for each stretch, one at a time.
 
     Args:
-        model: of a file in `folder`, whose data it points to; nodes compute all of its outputs.
+        model: of a file in `folder`, whose data it points to; nodes compute all of its outputs, which numpy holds.
         samples: feeds.
         folder: for files.
         threads: of ONNX Runtime.
@@ -142,7 +150,7 @@ class Stretches:
         self._folder = Path(tempfile.mkdtemp(prefix="values-", dir=folder))
         self._order = cuts.Order(model)
         self._known = types.infer(model)
-        self._weights = {str(v.name): v for _, v in graph.initializers(model)}
+        self._weights = model.graph.initializers
         self._names = [str(v.name) for v in model.graph.outputs]
         self._places = self._cut()
         self._stretches = [self._stretch(a, b) for a, b in itertools.pairwise(self._places)]
@@ -161,10 +169,10 @@ class Stretches:
         before = self._kept[agreed.index(first)].places[:first] if first else ()
         rest = range(first, len(self._stretches))
         places = (*before, *(Path(tempfile.mkdtemp(dir=self._folder)) for _ in rest))
-        if keep:
-            self._kept[1:] = [_Run(dict(specs), places)]
         for number in rest:
             self._run(number, places)
+        if keep:
+            self._kept[1:] = [_Run(dict(specs), places)]
         for number in range(len(self._samples)):
             found: dict[str, Array] = {}
             for stretch, place in zip(self._stretches, places, strict=True):
@@ -175,11 +183,13 @@ class Stretches:
     def _run(self, number: int, places: Sequence[Path]) -> None:
         """One stretch on all samples, from what is before it."""
         stretch = self._stretches[number]
-        for _, v in graph.initializers(stretch.part):  # small ones are exchanged, not overwritten
-            v.const_value = self._weights[str(v.name)].const_value
+        # Small weights are exchanged, not overwritten. Those of bodies are no weights that change (canonicalize lifts
+        # these), and their names may stand for several.
+        for name, v in stretch.part.graph.initializers.items():
+            v.const_value = self._weights[name].const_value
         ir.save(stretch.part, self._path)
         session = sessions.open_session(str(self._path), threads=self._threads, config=self._config)
-        self._declared.update({o.name: o for o in _outputs(session)})
+        declared = {o.name: o for o in _outputs(session)}
         needed = [i.name for i in session.get_inputs()]
         for index, feeds in enumerate(self._samples):
             found = dict(feeds)
@@ -189,6 +199,13 @@ class Stretches:
             got = session.run(stretch.made, {n: found[n] for n in needed})
             found.update(zip(stretch.made, got, strict=True))
             stretch.store(places[number], index, found)
+        # Shapes are not inferred through a part; what the last sample has will do.
+        shapes = {
+            name: [None, *np.shape(found[name])[1:]] for name in stretch.made if len(self._samples)
+        }
+        self._declared.update(
+            {n: o._replace(shape=o.shape or shapes.get(n, [])) for n, o in declared.items()}
+        )
 
     def _agreed(self, specs: Specs, others: Specs) -> int:
         """How many stretches, from the start, have the same weights in both."""
@@ -250,7 +267,12 @@ def runner(model: ir.Model, samples: Sequence[Feeds], folder: Path, threads: int
         threads: of ONNX Runtime.
     """
     config = runtime.mapped_weights(files.weight_bytes(model))
-    # An output that no node computes would need no session; such models are small.
-    if not config or any(v.producer() is None for v in model.graph.outputs):
-        return Whole(model, samples, folder, threads)
+    if not config or not _can_be_cut(model):
+        return Whole(model, samples, folder, threads, config)
     return Stretches(model, samples, folder, threads, config)
+
+
+def _can_be_cut(model: ir.Model) -> bool:
+    """Whether each output is computed by a node, and held by numpy."""
+    known = types.infer(model)
+    return all(v.producer() and parts.can_be_kept(v, known) for v in model.graph.outputs)

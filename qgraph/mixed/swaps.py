@@ -69,9 +69,12 @@ def improve(
     def measured(chosen: Sequence[int]) -> tuple[float, float]:
         return mixtures.halves(losses.mixture(items, chosen))
 
+    mixtures.stay_near(losses.mixture(items, start))
     best = Swaps(list(start), measured(start))
     in_vain = 0
     for turn in range(ROUNDS):
+        if is_over():
+            break
         mixtures.stay_near(losses.mixture(items, best.chosen))
         steps = _steps(items, best, measured, turn % 2, is_over)
         if is_over():

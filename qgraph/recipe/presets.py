@@ -172,10 +172,10 @@ PRESETS: dict[str, Recipe] = {
                 _rule(
                     "linear",
                     "uint3.g32.asym.f16",
-                    "uint4.g32.asym",
+                    "uint4.g32.asym.f16",
                     "int8.ch",
                     FLOAT,
-                    sensitive="uint4.g32.asym",
+                    sensitive="uint4.g32.asym.f16",
                     sensitive_share=0.09,
                     solver="round-descent",
                 ),
