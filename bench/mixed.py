@@ -126,12 +126,18 @@ class Study:
         return self.unseen.loss(losses.mixture(self.items, chosen))
 
     def uniform(self, text: str) -> list[int]:
-        """One format for all; rows that are too short for its groups have shorter ones."""
-        asked = QuantSpec.parse(text)
+        """One format for all; rows that are too short for its groups have shorter ones.
+
+        Weights that are too small for a kernel of 3 bits have 4.
+        """
         found = []
         for item in self.items:
-            specs = tuple(str(assign_precision.fit_group(asked, w.shape[1])) for w in item.weights)
-            found.append([o.specs for o in item.options].index(specs))
+            offered = [o.specs for o in item.options]
+            ways = [
+                tuple(str(assign_precision.fit_group(asked, w.shape[1])) for w in item.weights)
+                for asked in map(QuantSpec.parse, (text, text.replace("int3", "int4")))
+            ]
+            found.append(offered.index(ways[0] if ways[0] in offered else ways[1]))
         return found
 
     def hand(self, low: str, high: str) -> list[int]:

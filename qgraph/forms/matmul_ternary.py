@@ -43,7 +43,7 @@ class MatMulTernary(MatMulPacked):
         return ""
 
     def nbytes(self, spec: QuantSpec, n: int, k: int) -> int:
-        """Whole tiles and a scale for each row."""
+        """At most: whole tiles, and a scale for each row where rows have different ones."""
         tiles = layout.padded(n, layout.ROWS) * layout.padded(k, layout.TERNARY_STEP)
         return tiles // 4 + 4 * n
 

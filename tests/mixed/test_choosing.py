@@ -10,6 +10,7 @@ import pytest
 import qgraph
 from qgraph import errors, files, graph, mixed, registry
 from qgraph.auto import timing
+from qgraph.floors import Floors
 from qgraph.mixed import costs as mixed_costs
 from qgraph.mixed import mixtures, times
 from qgraph.passes.solvers import gptq
@@ -280,6 +281,44 @@ def test_an_interrupted_choice_goes_on(net, samples, tmp_path, monkeypatch, at):
     assert 0 <= calls.count["solve"] - solved < block
     assert calls.count["_measured"] - measured <= 1  # the float model
     assert not list(folder.iterdir())
+
+
+def test_a_choice_for_other_floors_is_not_taken_up(net, recipe, samples, tmp_path):
+    """Losses are counted in what the floors allow, so those that were measured for others mean something else."""
+    given = {"data": samples, "work_dir": tmp_path / "work", **QUICK}
+
+    def stop(what, share):
+        if what.startswith("exchanging") or what == "measuring the front":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qgraph.optimize(net, recipe, max_kl=0.02, progress=stop, **given)
+    with pytest.raises(errors.InputError, match=r"QG106.*floors was --max-kl 0.02, is --min-sqnr"):
+        qgraph.optimize(net, recipe, min_sqnr=20.0, **given)
+    qgraph.optimize(net, recipe, max_kl=0.02, **given)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_wider_mixtures_are_measured_with_a_work_folder_too(
+    net, recipe, samples, tmp_path, monkeypatch
+):
+    """Where the first file misses its floor, measuring goes on, and so does keeping what was measured."""
+    monkeypatch.setattr(mixtures, "_SECONDS", 0.0)
+    given = {"data": samples, "max_kl": 0.02, **QUICK}
+    first = qgraph.optimize(net, recipe, **given)
+    once, missed = Floors.problems, []
+
+    def problems(self, outputs):
+        found = once(self, outputs)
+        if not missed:
+            missed.append(errors.Diagnostic("error", "QG702", "logits", "as if it had missed"))
+            return [*found, *missed]
+        return found
+
+    monkeypatch.setattr(Floors, "problems", problems)
+    result = qgraph.optimize(net, recipe, work_dir=tmp_path / "work", **given)
+    assert missed and result.report.mixed["bytes"] > first.report.mixed["bytes"]
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_budget_needs_choices_and_data(net, recipe, samples):

@@ -7,6 +7,7 @@ import pytest
 from onnx import numpy_helper
 
 from qgraph import files, registry, weights
+from qgraph.evaluate.reference import Expected
 from qgraph.mixed import stretches
 from qgraph.mixed.mixtures import Mixtures, loss
 from qgraph.models import data
@@ -55,6 +56,76 @@ def quantized(found):
     spec = QuantSpec.parse(SPEC)
     rng = np.random.default_rng(0)
     return {(w.name, SPEC): solver.solve(np.asarray(w.read()), spec, None, rng) for w in found}
+
+
+def runners(text, arrays, samples, folder, monkeypatch, most):
+    """What runs a model in one session, and what stretch by stretch if it can."""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+    for output in proto.graph.output:
+        if output.name == "logits":
+            output.type.tensor_type.ClearField("shape")
+    made = []
+    for large in (1 << 40, 0):
+        path = files.save(ir.from_proto(proto), folder / f"{large}.onnx", external_data=True)
+        monkeypatch.setattr(sessions, "LARGE", large)
+        monkeypatch.setattr(stretches, "WEIGHTS", most)
+        made.append(stretches.runner(files.load(path), samples, folder, 1))
+    return made
+
+
+def test_constants_of_bodies_stay_their_own_where_they_share_a_name(tmp_path, monkeypatch):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[t, 32] x, bool c) => (float[t, 4] y) {
+        a = MatMul(x, A)
+        b = MatMul(a, B)
+        y = If (c) <then_branch = then () => (float[t, 4] yes) <int64[4] at = {0, 1, 2, 3}>
+                       { yes = Gather <axis = 1> (b, at) },
+                    else_branch = other () => (float[t, 4] no) <int64[4] at = {9, 8, 7, 6}>
+                       { no = Gather <axis = 1> (b, at) }>
+    }"""
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.standard_normal((32, 32)).astype(np.float32) for n in "AB"}
+    x = rng.standard_normal((3, 32)).astype(np.float32)
+    samples = [{"x": x, "c": np.array(c)} for c in (True, False)]
+    whole, cut = runners(text, arrays, samples, tmp_path, monkeypatch, 4096)
+    assert isinstance(cut, stretches.Stretches) and len(cut._stretches) > 1
+    for one, other in zip(whole.outputs({}), cut.outputs({}), strict=True):
+        np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
+
+
+def test_predictions_are_known_without_stated_shapes(tmp_path, monkeypatch):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[t, 32] x) => (float[t, 32] logits, float[t, 1] score_of_one) {
+        a = MatMul(x, A)
+        logits = MatMul(a, B)
+        score_of_one = MatMul(a, C)
+    }"""
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.standard_normal((32, 32)).astype(np.float32) for n in "AB"}
+    arrays["C"] = arrays["A"][:, :1].copy()
+    samples = [{"x": rng.standard_normal((3, 32)).astype(np.float32)}]
+    made = runners(text, arrays, samples, tmp_path, monkeypatch, 4096)
+    for runner in made:
+        outputs = list(runner.outputs({}))
+        assert Expected(runner.declared, outputs).predictions == ["logits"]
+    assert isinstance(made[1], stretches.Stretches)
+
+
+@pytest.mark.parametrize("output", ["same = Identity(x)", "same = Cast <to = 8> (x)"])
+def test_what_no_file_keeps_between_stretches_runs_as_a_whole(output, tmp_path, monkeypatch):
+    """Outputs of strings, and those that are inputs."""
+    kind = "string" if "Cast" in output else "float"
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[t, 32] x) => ({kind}[t, 32] same, float[t, 32] y) {{ {output} y = MatMul(x, A) }}"""
+    if kind == "float":
+        text = text.replace("[t, 32] same", "[t, 32] x").replace(output, "")
+    arrays = {"A": np.eye(32, dtype=np.float32)}
+    samples = [{"x": np.ones((2, 32), np.float32)}]
+    whole, cut = runners(text, arrays, samples, tmp_path, monkeypatch, 1)
+    assert isinstance(cut, stretches.Whole)
+    for one, other in zip(whole.outputs({}), cut.outputs({}), strict=True):
+        np.testing.assert_array_equal(one[1], other[1])
 
 
 def both(case, tmp_path, monkeypatch, most):
