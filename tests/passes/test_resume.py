@@ -20,9 +20,10 @@ LAYERS, SIZE = 4, 64
 SOLVER = """
 import os, pathlib, time
 from qgraph.passes.solvers.gptq import Gptq
+from qgraph.passes.solvers.rtn import Rtn
 
-class Counting(Gptq):
-    "gptq that counts, and stalls where it is told to."
+class Counting(BASE):
+    "A solver that counts, and stalls where it is told to."
     name = "counting"
 
     def solve(self, w, spec, stats, rng):
@@ -59,7 +60,7 @@ def place(tmp_path, monkeypatch):
     files.save(network(), "model.onnx")
     rng = np.random.default_rng(1)
     np.savez("data.npz", x=rng.standard_normal((96, SIZE)).astype(np.float32))
-    Path("solver.py").write_text(SOLVER)
+    Path("solver.py").write_text(SOLVER.replace("BASE", "Gptq"))
     rule = {"id": "all", "weights": "int4.g32", "solver": "solver.py:Counting"}
     Path("recipe.json").write_text(json.dumps({"rules": [rule], "min_elements": 1}))
     return tmp_path
@@ -74,13 +75,23 @@ def calls():
     return Path("calls").stat().st_size
 
 
-def test_killed_work_goes_on_to_the_same_bytes(place):
-    optimize("whole.onnx")
-    Path("calls").unlink()
+def kill_at_call(number, *more):
+    """Run the command line until a call of the solver, and kill it there."""
     package = Path(qgraph.__file__).resolve().parent.parent
-    env = {**os.environ, "PYTHONPATH": str(package), "STALL_AT": "6"}
-    args = "optimize model.onnx -o out.onnx -r recipe.json --data data.npz --work-dir work"
-    child = subprocess.Popen([sys.executable, "-m", "qgraph", *args.split()], env=env)
+    env = {**os.environ, "PYTHONPATH": str(package), "STALL_AT": str(number)}
+    args = [
+        "optimize",
+        "model.onnx",
+        "-o",
+        "out.onnx",
+        "-r",
+        "recipe.json",
+        "--data",
+        "data.npz",
+        "--work-dir",
+        "work",
+    ]
+    child = subprocess.Popen([sys.executable, "-m", "qgraph", *args, *more], env=env)
     try:
         until = time.monotonic() + 100
         while not Path("stalled").exists() and time.monotonic() < until:
@@ -89,6 +100,12 @@ def test_killed_work_goes_on_to_the_same_bytes(place):
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
+
+
+def test_killed_work_goes_on_to_the_same_bytes(place):
+    optimize("whole.onnx")
+    Path("calls").unlink()
+    kill_at_call(6)
     assert Path("stalled").exists() and not Path("out.onnx").exists()
     finished = sorted(p.name for p in Path("work").glob("block-*"))
     assert finished == ["block-0000.npz", "block-0001.npz"]
@@ -100,6 +117,28 @@ def test_killed_work_goes_on_to_the_same_bytes(place):
     assert any(f"block 3 of {LAYERS}" in each for each in told)
     # Done: nothing is left to go on with, and what is not ours stays.
     assert [p.name for p in Path("work").iterdir()] == ["mine.txt"]
+
+
+def test_a_killed_choice_of_formats_goes_on_to_the_same_bytes(place):
+    Path("solver.py").write_text(
+        SOLVER.replace("BASE", "Rtn")
+    )  # weighed by itself: it asks for no data
+    choices = ["int4.g32", "int8.g32"]
+    rule = {"id": "all", "weights": "int4.g32", "choices": choices, "solver": "solver.py:Counting"}
+    Path("recipe.json").write_text(json.dumps({"rules": [rule], "min_elements": 1}))
+    optimize("whole.onnx", avg_bits=6.5)
+    whole = calls()
+    assert whole == 2 * LAYERS * (len(choices) + 1)  # each format is weighed, and one is solved
+    Path("calls").unlink()
+    kill_at_call(9, "--avg-bits", "6.5")
+    assert Path("stalled").exists() and not Path("out.onnx").exists()
+    finished = sorted(p.name for p in Path("work/choosing").glob("block-*"))
+    assert finished == ["block-0000.npz", "block-0001.npz"]
+    Path("calls").unlink()
+    optimize("out.onnx", "work", avg_bits=6.5)
+    assert calls() == whole - 2 * 2 * len(choices)
+    assert Path("out.onnx").read_bytes() == Path("whole.onnx").read_bytes()
+    assert not list(Path("work").iterdir())
 
 
 def interrupted(after):
