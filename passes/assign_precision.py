@@ -283,6 +283,10 @@ def _decide(
             untaken = ctx.target.integers.refuses(activation)
             if untaken and _takes_activation(forms):
                 forms, refused = [], f"target {ctx.target.name}: {untaken}"
+        if forms and activation is None:
+            stored = ctx.target.nbytes(spec, forms, n, k)
+            if stored > weight.nbytes:
+                forms, refused = [], f"it would take {stored} bytes, in float {weight.nbytes}"
         if forms:
             reason = rule.reason or why or f"rule {rule.id!r} of recipe {ctx.recipe.name!r}"
             if reasons:

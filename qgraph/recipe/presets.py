@@ -68,6 +68,12 @@ def _int4(group: int, solver: str = "rtn") -> Rule:
     return _rule("linear", *specs, sensitive=sensitive, sensitive_share=0.09, solver=solver)
 
 
+def _narrow(spec: str, wide: str) -> Rule:
+    """So few bits that the most sensitive weights have more, and all are rounded with samples."""
+    sensitive = {"sensitive": wide, "sensitive_share": 0.09}
+    return _rule("linear", spec, wide, "int8.ch", FLOAT, solver="round-descent", **sensitive)
+
+
 # Scales of float16 lose nothing and take half of the bytes: with them the steps between formats are fine.
 _HALVES = (
     "uint2.g64.asym.f16", "uint2.g32.asym.f16", "uint2.g16.asym.f16", "int4.g256.f16", "int4.g128.f16",
@@ -167,20 +173,7 @@ PRESETS: dict[str, Recipe] = {
             name="int3-gptq",
             target="ort-qgraph",
             summary="as int4-gptq in 3 bits, the most sensitive 9 % in 4: a file that is a fifth smaller",
-            rules=(
-                *_TABLES,
-                _rule(
-                    "linear",
-                    "uint3.g32.asym.f16",
-                    "uint4.g32.asym.f16",
-                    "int8.ch",
-                    FLOAT,
-                    sensitive="uint4.g32.asym.f16",
-                    sensitive_share=0.09,
-                    solver="round-descent",
-                ),
-                *_REST,
-            ),
+            rules=(*_TABLES, _narrow("uint3.g32.asym.f16", "uint4.g32.asym.f16"), *_REST),
         ),
         Recipe(
             name="int4-tuned",
@@ -190,24 +183,19 @@ PRESETS: dict[str, Recipe] = {
             rules=(*_TABLES, _int4(32, "round-descent"), *_REST),
         ),
         Recipe(
+            name="int3-tuned",
+            target="ort-qgraph",
+            summary="as int4-tuned in 3 bits, the most sensitive 9 % in 4",
+            pipeline=TUNED_PIPELINE,
+            options={"tune": {"written": 256}},
+            rules=(*_TABLES, _narrow("uint3.g32.asym.f16", "uint4.g32.asym.f16"), *_REST),
+        ),
+        Recipe(
             name="int2-tuned",
             summary="as int4-tuned in 2 bits, the most sensitive 9 % in 4: the smallest, and the most lossy",
             pipeline=TUNED_PIPELINE,
             options={"tune": {"written": 256}},
-            rules=(
-                *_TABLES,
-                _rule(
-                    "linear",
-                    "uint2.g32.asym",
-                    "uint4.g32.asym",
-                    "int8.ch",
-                    FLOAT,
-                    sensitive="uint4.g32.asym",
-                    sensitive_share=0.09,
-                    solver="round-descent",
-                ),
-                *_REST,
-            ),
+            rules=(*_TABLES, _narrow("uint2.g32.asym", "uint4.g32.asym"), *_REST),
         ),
         Recipe(
             name="int4-awq",

@@ -194,7 +194,7 @@ CASES: list[tuple[str, Form, str, Operator, bool]] = [
     ("dq-matmul-int2", DQ, "int2.g32", matmul(64, 40), False),
     ("dq-matmul-uint2", DQ, "uint2.g32", matmul(64, 40), False),
     ("dq-matmul-odd", DQ, "int4.g16", matmul(37, 5), True),
-    ("dq-matmul-k1", DQ, "int8.ch", matmul(1, 5), True),
+    ("dq-matmul-k2", DQ, "int8.ch", matmul(2, 5), True),
     ("dq-matmul-n1", DQ, "int8.ch", matmul(37, 1), True),
     ("dq-matmul-half", DQ, "int8.ch.f16", matmul(64, 40, "float16"), True),
     ("dq-batched", DQ, "int8.ch", BATCHED, True),

@@ -66,6 +66,9 @@ def lstm(dims: tuple[int, ...] = (1, 512, 128), *, dynamic: bool = True, **given
     [
         (Dequantize(), request(dynamic=True), "quantizes weights only"),
         (Dequantize(), request(dtype=DOUBLE), "gives no DOUBLE"),
+        (Dequantize(), request(spec="uint3.g32"), "ONNX has no type for uint3"),
+        (MatMulNBits(), request(spec="int3.g32"), "takes 2, 4 or 8 bits, not 3"),
+        (GatherBlock(), request("Gather", "int3.g32"), "takes 4 or 8 bits, not 3"),
         (Dequantize(), request("Conv", "int4.g16", (8, 6, 3, 3)), "ONNX blocks one axis"),
         (Dequantize(), request("MatMul", "int8.g32"), ""),
         (DynamicInteger(), request(), "needs dynamic int8 activations"),

@@ -40,3 +40,12 @@ def test_stored_bytes_are_those_of_the_file(target, spec, shape):
     # A zero point of 0 that a runtime wants to see is no part of the format.
     zeros = [v for v in held if ".zero" in v.name and not graph.array(v).any()]
     assert entry.stored_bytes == stored - sum(v.const_value.nbytes for v in zeros)
+
+
+def test_a_format_that_takes_more_than_float_is_refused_with_the_bytes():
+    """Blocks of 16 columns and a scale for each are more than a weight of one column."""
+    recipe = {"rules": [{"weights": ["int4.g32", "float"]}], "min_elements": 1}
+    result = qgraph.optimize(product(1, 2048), recipe, inspect=False)
+    (entry,) = result.ledger
+    assert not entry.spec and entry.code == "QG315"
+    assert "it would take 24576 bytes, in float 8192" in entry.reason

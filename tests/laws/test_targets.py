@@ -26,7 +26,7 @@ from covering import covering
 
 # What the worst output may lose, in dB, by the fewest bits of a weight: up to three layers of random numbers, with
 # activations that the kernels round to 8 bits.
-FLOORS = {2: 3.0, 4: 12.0, 8: 28.0}
+FLOORS = {2: 3.0, 3: 7.0, 4: 12.0, 8: 28.0}
 WHOLE = 20.0  # one 8-bit scale for a whole tensor, whatever its rows are like
 FLOAT = 100.0
 RUNTIMES = [t for t in registry.names("target") if t != "openvino"]
