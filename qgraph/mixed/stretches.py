@@ -102,11 +102,17 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
+    """A part of the model.
+
+    Attributes:
+        part: its nodes.
+        made: the values that it computes, by name.
+        kept: those on disk behind it: what is alive there, and outputs of the model that it computes.
+    """
+
     part: ir.Model
-    made: tuple[str, ...]  # values that it computes
-    kept: tuple[
-        str, ...
-    ]  # values on disk behind it: what is alive there, and outputs of the model that it computes
+    made: tuple[str, ...]
+    kept: tuple[str, ...]
 
     def store(self, place: Path, number: int, found: Mapping[str, Array]) -> None:
         arrays: dict[str, Any] = {str(i): found[n] for i, n in enumerate(self.kept)}
@@ -200,9 +206,7 @@ class Stretches:
             found.update(zip(stretch.made, got, strict=True))
             stretch.store(places[number], index, found)
         # Shapes are not inferred through a part; what the last sample has will do.
-        shapes = {
-            name: [None, *np.shape(found[name])[1:]] for name in stretch.made if len(self._samples)
-        }
+        shapes = {n: [None, *np.shape(found[n])[1:]] for n in stretch.made} if self._samples else {}
         self._declared.update(
             {n: o._replace(shape=o.shape or shapes.get(n, [])) for n, o in declared.items()}
         )
