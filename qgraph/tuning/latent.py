@@ -13,6 +13,7 @@ from qgraph.weights import Weight
 
 _BEGIN = 0.25  # how far from its code a weight may begin: farther, and the first steps change most codes at once
 _INSIDE = 0.49  # how far out of its range a code may go
+_LARGEST = 1e18  # of a gradient: its square is finite in float32
 
 
 class Latent:
@@ -128,6 +129,7 @@ class Adam:
         for x, rate, mean, power, g in zip(
             self._moved, self._rates, self._means, self._powers, gradients, strict=True
         ):
+            g = np.clip(g, -_LARGEST, _LARGEST)
             mean += (1 - first) * (g - mean)
             power += (1 - second) * (g * g - power)
             unbiased = mean / (1 - first**self._count)

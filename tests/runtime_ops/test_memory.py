@@ -65,7 +65,7 @@ def test_search_stays_inside_its_buffers(size, mode, isa):
     scales = Guarded((rows, groups), np.float32)
     zeros = Guarded((rows, groups), np.uint8)
     row_error = Guarded(rows, np.float64)
-    for bits in (2, 4, 8):
+    for bits in (2, 3, 4, 8):
         status = NATIVE.dll.qg_rtn_search(
             NATIVE.isas[isa],
             w.pointer,
@@ -110,7 +110,7 @@ def test_pack_stays_inside_its_buffers(columns, bits):
         {"rows": -1},
         {"cols": -1},
         {"group": 0},
-        {"bits": 3},
+        {"bits": 5},
         {"mode": 3},
         {"w": None},
         {"codes": None},

@@ -11,7 +11,7 @@ from qgraph.spec import QuantSpec
 
 ISAS = list(native.load().isas)
 SHAPES = [(5, 70, 32), (33, 130, 16), (1, 1, 1), (40, 33, 40), (3, 200, 64)]
-CASES = [(bits, signed) for bits in (2, 4, 8) for signed in (False, True)]
+CASES = [(bits, signed) for bits in (2, 3, 4, 8) for signed in (False, True)]
 
 
 def problem(n, k, seed=0):

@@ -18,6 +18,7 @@ ISAS = list(native.load().isas)
 GRIDS = {
     2: (12, 8, 12, 3, 1.25, 1.05, 0.7, 0.8),
     4: (24, 16, 12, 3, 1.25, 1.05, 0.7, 0.27),
+    3: (16, 12, 12, 3, 1.25, 1.05, 0.7, 0.5),
     8: (12, 4, 16, 1, 1.15, 1.05, 0.75, 0.028),
 }
 
@@ -156,7 +157,7 @@ def importances(columns, seed=1):
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_equals_the_numpy_search(bits, mode, weighted, scale_dtype):
     for rows, columns, group in [(5, 96, 32), (3, 100, 32), (2, 300, 300), (17, 7, 16), (1, 1, 1)]:
         w = weights(rows, columns, seed=columns, heavy=True)
@@ -203,7 +204,9 @@ ODD = {name: (w, group) for name, w, group in odd_matrices()}
 def test_every_instruction_set_gives_the_same_bits(name, isa):
     w, group = ODD[name]
     some = importances(w.shape[1])
-    settings_ = itertools.product([2, 4, 8], MODES, [None, some, 0 * some], ["float32", "float16"])
+    settings_ = itertools.product(
+        [2, 3, 4, 8], MODES, [None, some, 0 * some], ["float32", "float16"]
+    )
     for bits, mode, importance, scale_dtype in settings_:
         want = run(w, group, bits, mode, importance, scale_dtype, isa="scalar")
         got = run(w, group, bits, mode, importance, scale_dtype, isa=isa)
@@ -216,7 +219,7 @@ def test_every_instruction_set_gives_the_same_bits(name, isa):
 @pytest.mark.parametrize("name", ODD)
 def test_results_are_always_in_range(name, isa):
     w, group = ODD[name]
-    for bits, mode in itertools.product([2, 4, 8], MODES):
+    for bits, mode in itertools.product([2, 3, 4, 8], MODES):
         codes, scales, zeros, row_error = run(w, group, bits, mode, isa=isa)
         low = 0 if mode == "asymmetric" else -(2 ** (bits - 1))
         assert codes.shape == w.shape
@@ -256,7 +259,7 @@ def spec_for(bits, mode, group, scale_dtype="float32"):
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_are_what_quantize_linear_gives(bits, mode, scale_dtype):
     w = weights(24, 200, heavy=True)
     spec = spec_for(bits, mode, 32, scale_dtype)
@@ -271,7 +274,7 @@ def test_codes_are_what_quantize_linear_gives(bits, mode, scale_dtype):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_never_worse_than_min_max(bits, mode, scale_dtype, weighted):
     for heavy in (False, True):
         w = weights(64, 160, seed=5, heavy=heavy)
@@ -330,7 +333,7 @@ def test_threads_may_share_the_function():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"bits": 3}, "bits is 3"),
+        ({"bits": 5}, "bits is 5"),
         ({"group": -1}, "group is -1"),
         ({"scale_dtype": "bfloat16"}, "bfloat16"),
         ({"isa": "avx3"}, "avx3"),
