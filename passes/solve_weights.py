@@ -194,13 +194,8 @@ def _store(name: str, solved: Mapping[str, Packed], first: int, ctx: Context) ->
         {"name": n, **q.facts, "record": {k: ctx.records[n][k] for k in _RECORDED}}
         for n, q in solved.items()
     ]
-    arrays = {
-        f"{index}.{key}": array
-        for index, q in enumerate(solved.values())
-        for key, array in q.arrays.items()
-    }
     found = [asdict(d) for d in ctx.diagnostics[first:]]
-    ctx.work.store(name, arrays, {"weights": facts, "diagnostics": found})
+    ctx.work.store(name, spool.gathered(solved.values()), {"weights": facts, "diagnostics": found})
 
 
 def _restored(name: str, ctx: Context) -> dict[str, Packed] | None:
@@ -209,11 +204,9 @@ def _restored(name: str, ctx: Context) -> dict[str, Packed] | None:
     if held is None:
         return None
     arrays, facts = held
-    solved = {}
-    for index, each in enumerate(facts["weights"]):
-        prefix = f"{index}."
-        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-        solved[each["name"]] = Packed.restored(each, own, ctx.spool)
+    packed = spool.restored(facts["weights"], arrays, ctx.spool)
+    solved = {each["name"]: q for each, q in zip(facts["weights"], packed, strict=True)}
+    for each in facts["weights"]:
         ctx.records.setdefault(each["name"], {}).update(each["record"])
     ctx.diagnostics.extend(errors.Diagnostic(**each) for each in facts["diagnostics"])
     return solved

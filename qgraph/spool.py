@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -91,6 +91,23 @@ def drop(q: QTensor) -> None:
     """Give back the pages of a weight on a spool; they are read again when they are needed."""
     for array in getattr(q, "arrays", {}).values():
         mapped.drop(array)
+
+
+def gathered(found: Iterable[Packed]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of several weights under names of their own, for a work folder."""
+    return {f"{i}.{name}": a for i, q in enumerate(found) for name, a in q.arrays.items()}
+
+
+def restored(
+    facts: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any], spool: Spool
+) -> list[Packed]:
+    """The weights that `gathered` gave the arrays of, from the facts of each."""
+    found = []
+    for index, each in enumerate(facts):
+        prefix = f"{index}."
+        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        found.append(Packed.restored(each, own, spool))
+    return found
 
 
 class Spool:

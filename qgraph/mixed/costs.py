@@ -27,7 +27,7 @@ from qgraph.pipeline import Context
 from qgraph.recipe import FLOAT, Rule
 from qgraph.solver import Solver, WeightStats
 from qgraph.spec import Floats, QTensor, QuantSpec
-from qgraph.spool import Packed, Spool, drop
+from qgraph.spool import Packed, Spool, drop, gathered, restored
 from qgraph.weights import Weight
 from qgraph.workdir import WorkDir
 
@@ -172,8 +172,7 @@ def _store(number: int, held: Sequence[_Weighed], work: WorkDir | None) -> None:
     if work is None:
         return
     facts = [{"weight": e.weight, "asked": e.spec, "cost": e.cost, **e.q.facts} for e in held]
-    arrays = {f"{i}.{n}": a for i, e in enumerate(held) for n, a in e.q.arrays.items()}
-    work.store(f"block-{number:04d}", arrays, {"weighed": facts})
+    work.store(f"block-{number:04d}", gathered(e.q for e in held), {"weighed": facts})
 
 
 def _restored(number: int, spool: Spool, work: WorkDir | None) -> list[_Weighed] | None:
@@ -182,13 +181,8 @@ def _restored(number: int, spool: Spool, work: WorkDir | None) -> list[_Weighed]
     if kept is None:
         return None
     arrays, facts = kept
-    found = []
-    for index, each in enumerate(facts["weighed"]):
-        prefix = f"{index}."
-        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-        q = Packed.restored(each, own, spool)
-        found.append(_Weighed(each["weight"], each["asked"], q, float(each["cost"])))
-    return found
+    both = zip(facts["weighed"], restored(facts["weighed"], arrays, spool), strict=True)
+    return [_Weighed(each["weight"], each["asked"], q, float(each["cost"])) for each, q in both]
 
 
 def _weighed(w: Floats, q: QTensor, gram: Doubles | None) -> float:
